@@ -28,11 +28,19 @@ from build_engines.convert.options import (
     Refused,
     checked,
 )
+from build_engines.convert.pictures import digest_of
 from build_engines.convert.plan import Step, plan, told
 from build_engines.convert.run import is_done, publish, recover, run
 from build_engines.convert.source import Source, file_digest
 from service.core import tensors
 
+SERVING_CODE = (
+    *(f"service/core/{name}.py" for name in ("card", "confidence", "precision", "prompt", "tensors", "vision")),
+    "service/media/decoder.py",
+    "service/text/prompt.py",
+    "triton_models/query_groups.py",
+    "triton_models/session.py",
+)  # what the card, the samples, parity and agreement are made with
 KNOWN = list(dict.fromkeys(each for precisions in PRECISIONS.values() for each in precisions))
 
 
@@ -112,6 +120,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
             zero_shot=arguments.zero_shot,
             image_text=arguments.image_text,
             images=arguments.images,
+            images_digest="" if arguments.images is None else digest_of(arguments.images),
             calibration_images=arguments.calibration_images,
             agreement_questions=arguments.agreement_questions,
             vision_batch=arguments.max_batch,
@@ -141,8 +150,9 @@ def check_out(out: Path) -> None:
 def code_files() -> list[Path]:
     """This project's files that the steps' outputs depend on."""
     package = Path(__file__).parents[1]
-    own = sorted(path for folder in ("convert", "model") for path in (package / folder).glob("*.py"))
-    return [*own, package / "export.py", package / "repository.py", Path(tensors.__file__)]
+    own = sorted(path for folder in ("convert", "model", "scenes") for path in (package / folder).glob("*.py"))
+    own += [package / name for name in ("export.py", "repository.py", "datasets/images.py")]
+    return [*own, *(Path(tensors.__file__).parents[2] / name for name in SERVING_CODE)]
 
 
 def code_digest() -> str:

@@ -57,6 +57,7 @@ class Options:
     zero_shot: bool = False  # whether InstructBLIP's Q-Former says where to look
     image_text: str = ""  # a checkpoint for image-text retrieval, whose Q-Former says where BLIP-2 looks
     images: Path | None = None  # for calibration and parity, with questions.txt; None: rendered scenes
+    images_digest: str = ""  # of the names and bytes of these files
     calibration_images: int = 512
     agreement_questions: int = 256  # asked in FP32 and in another precision of the CPU, to compare the answers
     vision_batch: int = 8  # maximum images in a batch

@@ -147,12 +147,12 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
     beside = {name: f"export {name}" for name in profiles.dimensions(options, source).beside_llm}
     for name, step in beside.items():
         yield Step(step, "export", "PyTorch to ONNX, FP32", settings={"graph": name, "static": False})
-    images = str(options.images) if options.images else "rendered scenes"
+    images = options.images_digest if options.images else "rendered scenes"  # by content: files can be replaced
     count = options.calibration_images if options.precision == "fp8" else 16
     yield Step(
         "samples",
         "samples",
-        f"inputs of the graphs for {count} images ({images})",
+        f"inputs of the graphs for {count} images ({options.images or images})",
         needs=("card", *made.values()),
         settings={"images": images, "count": count, "graphs": dict(made)},
     )

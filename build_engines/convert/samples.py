@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from build_engines.convert.options import Refused
+from build_engines.convert.pictures import PLAIN_QUESTIONS, pictures
 from build_engines.model.allocation import CELL_COUNT, PATCH_COUNT
 from build_engines.repository import CLIP_GRAPH
 from build_engines.scenes.questions import TYPES, ask
@@ -29,9 +30,7 @@ from triton_models.session import Array, Graph
 SEED = 907  # used for no other scenes
 PARITY = 16  # samples for which the inputs of every graph are kept
 BATCH = 4
-PLAIN_QUESTIONS = ("what is in the picture?", "what colour is it?", "how many are there?", "where is it?")
 VISION_BUDGETS = ((64, 64), (64, 112), (64, 160), (64, 256), (256, 256))
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 Sample = tuple[np.ndarray, str]  # RGB uint8 [3, 224, 224] and a question
 
@@ -39,22 +38,16 @@ Sample = tuple[np.ndarray, str]  # RGB uint8 [3, 224, 224] and a question
 def samples(images: Path | None, count: int) -> list[Sample]:
     """Return `count` samples from the folder's images, or rendered scenes without a folder.
 
-    Questions come from the folder's questions.txt (one a line), else from PLAIN_QUESTIONS. Raises Refused if the folder
-    has too few images.
+    Raises Refused if the folder has too few images.
     """
     if images is None:
         return list(islice(_rendered(), count))
-    paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if len(paths) < count:
+    found = pictures(images)
+    if len(found) < count:
         raise Refused(
-            f"{images} has {len(paths)} images, fewer than {count}: add images or use another --images folder"
+            f"{images} has {len(found)} images, fewer than {count}: add images or use another --images folder"
         )
-    asked = images / "questions.txt"
-    questions = asked.read_text().splitlines() if asked.exists() else PLAIN_QUESTIONS
-    return [
-        (decode(path.read_bytes(), ImageLimits()).pixels, question)
-        for path, question in zip(paths[:count], cycle(questions), strict=False)
-    ]
+    return [(decode(path.read_bytes(), ImageLimits()).pixels, question) for path, question in found[:count]]
 
 
 def _rendered() -> Iterator[Sample]:

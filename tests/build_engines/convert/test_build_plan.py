@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
@@ -14,6 +15,7 @@ from polygraphy.tools.args import TrtConfigArgs, TrtLoadNetworkArgs
 from polygraphy.tools.convert.convert import Convert
 
 from build_engines.convert import commands, estimate, plans, trtllm
+from build_engines.convert.__main__ import options_of, parser
 from build_engines.convert.options import LlmEngine, Options, Refused, checked
 from build_engines.convert.plan import Step, keyed, plan
 from build_engines.convert.source import Source
@@ -137,6 +139,29 @@ def test_a_key_changes_with_what_a_step_depends_on_and_with_nothing_else() -> No
     cards = {keys(plan(options(*each), source(), ROOT))["card"] for each in PROFILES}
     assert len(cards) == len(PROFILES)  # a card says what its profile serves
     assert keys(plan(options(*PROFILES[0]), replace(source(), name="other"), ROOT))["card"] not in cards
+
+
+def test_a_key_changes_with_the_pictures_and_the_questions_and_not_with_their_folder(tmp_path: Path) -> None:
+    def keys_of(folder: Path, *others: str) -> dict[str, str]:
+        words = ["blip", "--out", "/out", "--precision", "int8", "--images", str(folder), *others]
+        return keys(plan(options_of(parser().parse_args(words)), source(), ROOT))
+
+    pictures, moved = tmp_path / "pictures", tmp_path / "moved"
+    (pictures / "below").mkdir(parents=True)
+    (pictures / "below" / "a.png").write_bytes(b"one")
+    (pictures / "questions.txt").write_text("what is it?\n")
+    before = keys_of(pictures)
+    shutil.copytree(pictures, moved)
+    assert keys_of(moved) == before
+    for path, text in (("below/a.png", "two"), ("b.jpg", "one"), ("questions.txt", "where is it?\n")):
+        shutil.copytree(pictures, moved, dirs_exist_ok=True)
+        (moved / path).write_text(text)
+        after = keys_of(moved)
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed == {"samples", "parity", "agreement", "repository"}, path
+        (moved / path).unlink()
+    with pytest.raises(Refused, match="nowhere is not a folder"):
+        keys_of(tmp_path / "nowhere")
 
 
 def test_a_step_hands_its_change_on_to_all_that_follow() -> None:

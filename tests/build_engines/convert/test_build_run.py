@@ -153,4 +153,5 @@ def test_a_kill_between_two_names_is_mended(tmp_path: Path) -> None:
 def test_a_change_of_what_the_outputs_depend_on_builds_them_again():
     names = {f"{path.parent.name}/{path.name}" for path in code_files()}
     assert names >= {"convert/steps.py", "model/allocator.py", "build_engines/repository.py", "core/tensors.py"}
+    assert names >= {"scenes/render.py", "core/card.py", "core/confidence.py", "media/decoder.py", "text/prompt.py"}
     assert all(path.is_file() for path in code_files())

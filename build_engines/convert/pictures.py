@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
 from blake3 import blake3
 
+from build_engines.adapt import data
 from build_engines.convert.options import Refused
 from build_engines.convert.source import file_digest
 from build_engines.datasets.images import images_below
@@ -15,14 +17,33 @@ PLAIN_QUESTIONS = ("what is in the picture?", "what colour is it?", "how many ar
 QUESTIONS = "questions.txt"
 
 
-def pictures(folder: Path) -> list[tuple[Path, str]]:
-    """Return each image with a question.
+@dataclass(frozen=True)
+class Pictures:
+    """Images, each with its questions. `skipped` has the lines that cannot be used, by place, with the reason."""
 
-    Questions come from the folder's questions.txt (one a line), else from PLAIN_QUESTIONS.
+    asked: list[tuple[Path, list[str]]]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def pictures(folder: Path) -> Pictures:
+    """Read the folder.
+
+    If a line of questions.txt has a tab, the file is read as `glimpse adapt` does: a line names its image. Otherwise a
+    line is a question, and each image gets the next one. Without the file they come from PLAIN_QUESTIONS. Raises
+    Refused if no question can be used.
     """
-    asked = folder / QUESTIONS
-    questions = asked.read_text().splitlines() if asked.exists() else PLAIN_QUESTIONS
-    return list(zip(images_below(folder), cycle(questions), strict=False))
+    images, file = images_below(folder), folder / QUESTIONS
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else PLAIN_QUESTIONS
+    if images and any("\t" in line for line in lines):
+        found = data.read(folder)
+        texts: dict[Path, list[str]] = {path: [] for path in found.images}
+        for question in found.questions:
+            texts[found.images[question.image]].append(question.text)
+        return Pictures(list(texts.items()), found.skipped)
+    questions = [line.strip() for line in lines if line.strip()]
+    if not questions:
+        raise Refused(f"{file} has no question: write one a line, or remove the file")
+    return Pictures([(path, [question]) for path, question in zip(images, cycle(questions), strict=False)])
 
 
 def digest_of(folder: Path) -> str:

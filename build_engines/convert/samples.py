@@ -35,19 +35,22 @@ VISION_BUDGETS = ((64, 64), (64, 112), (64, 160), (64, 256), (256, 256))
 Sample = tuple[np.ndarray, str]  # RGB uint8 [3, 224, 224] and a question
 
 
-def samples(images: Path | None, count: int) -> list[Sample]:
+def samples(images: Path | None, count: int, *, again: bool = False) -> list[Sample]:
     """Return `count` samples from the folder's images, or rendered scenes without a folder.
 
-    Raises Refused if the folder has too few images.
+    Each is of another image. `again`: if there are too few, images are asked their further questions too. Questions
+    about one image follow each other. Raises Refused if there are too few.
     """
     if images is None:
         return list(islice(_rendered(), count))
     found = pictures(images)
-    if len(found) < count:
-        raise Refused(
-            f"{images} has {len(found)} images, fewer than {count}: add images or use another --images folder"
-        )
-    return [(decode(path.read_bytes(), ImageLimits()).pixels, question) for path, question in found[:count]]
+    usable = [(decode(path.read_bytes(), ImageLimits()).pixels, texts) for path, texts in found.asked[:count]]
+    turns = max((len(texts) for _, texts in usable), default=0) if again else 1
+    chosen = [(place, turn) for turn in range(turns) for place, (_, texts) in enumerate(usable) if turn < len(texts)]
+    if len(chosen) < count:
+        what = "questions about images" if again else "images that are asked about"
+        raise Refused(f"{images} has {len(chosen)} {what}, fewer than {count}: add some or use another --images folder")
+    return [(usable[place][0], usable[place][1][turn]) for place, turn in sorted(chosen[:count])]
 
 
 def _rendered() -> Iterator[Sample]:

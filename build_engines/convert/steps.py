@@ -168,7 +168,7 @@ class Maker:
         save(model, out / MODEL, f"{step.settings['graph']}.bf16")
 
     def make_agreement(self, step: Step, out: Path) -> None:
-        given = samples.samples(self.options.images, step.settings["count"])
+        given = samples.samples(self.options.images, step.settings["count"], again=True)
         told = ModelCard.from_json((self.folder("card") / "card.json").read_text())
         prompts = PromptBuilder.load(told, self.folder("card"))
         fp32, ours = (

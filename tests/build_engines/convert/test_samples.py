@@ -1,0 +1,54 @@
+"""What a build asks about the pictures of `--images`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from build_engines.convert.options import Refused
+from build_engines.convert.samples import Sample, samples
+
+LEVELS = {"a.png": 10, "b.png": 20, "c.png": 30}  # of grey
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, level in LEVELS.items():
+        Image.new("RGB", (224, 224), (level,) * 3).save(tmp_path / name)
+    return tmp_path
+
+
+def told(found: Sequence[Sample]) -> list[tuple[int, str]]:
+    """The grey level of each sample's image, and its question."""
+    return [(int(np.unique(pixels).item()), question) for pixels, question in found]
+
+
+def test_a_line_with_a_tab_is_a_question_about_its_image(folder: Path) -> None:
+    (folder / "questions.txt").write_text("c.png\twhat is it?\nb.png\twhere?\tthere\nb.png\thow many?\tnone\n")
+    assert told(samples(folder, 2)) == [(20, "where?"), (30, "what is it?")]
+    assert told(samples(folder, 2, again=True)) == [(20, "where?"), (30, "what is it?")]
+    assert told(samples(folder, 3, again=True)) == [(20, "where?"), (20, "how many?"), (30, "what is it?")]
+    with pytest.raises(Refused, match="has 2 images that are asked about, fewer than 3"):
+        samples(folder, 3)
+    with pytest.raises(Refused, match="has 3 questions about images, fewer than 4"):
+        samples(folder, 4, again=True)
+
+
+def test_a_plain_list_of_questions_goes_round_the_images(folder: Path) -> None:
+    (folder / "questions.txt").write_text("what is it?\n\nwhere?\n")
+    assert told(samples(folder, 3)) == [(10, "what is it?"), (20, "where?"), (30, "what is it?")]
+    (folder / "questions.txt").unlink()
+    assert told(samples(folder, 1)) == [(10, "what is in the picture?")]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("\n \n", r"questions\.txt has no question"), ("z.png\twhat?\n", "no question of .* is about")]
+)
+def test_questions_of_which_none_can_be_used_are_refused(folder: Path, text: str, why: str) -> None:
+    (folder / "questions.txt").write_text(text)
+    with pytest.raises(Refused, match=why):
+        samples(folder, 1)

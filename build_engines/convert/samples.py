@@ -5,7 +5,7 @@ The images and questions run through the FP32 graphs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import cycle, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from build_engines.repository import CLIP_GRAPH
 from build_engines.scenes.questions import TYPES, ask
 from build_engines.scenes.render import render
 from build_engines.scenes.world import World, sample_scene
+from service.core.errors import GlimpseError
 from service.core.prompt import Question
 from service.core.request import Budget
 from service.core.vision import CLOSER_SIZE, CloserFeatures, VisionFeatures
@@ -30,27 +31,52 @@ from triton_models.session import Array, Graph
 SEED = 907  # used for no other scenes
 PARITY = 16  # samples for which the inputs of every graph are kept
 BATCH = 4
+MOST_TOLD = 3  # files that are left out, in a message
 VISION_BUDGETS = ((64, 64), (64, 112), (64, 160), (64, 256), (256, 256))
 
 Sample = tuple[np.ndarray, str]  # RGB uint8 [3, 224, 224] and a question
 
 
-def samples(images: Path | None, count: int, *, again: bool = False) -> list[Sample]:
+def samples(
+    images: Path | None, count: int, *, again: bool = False, skipped: dict[str, str] | None = None
+) -> list[Sample]:
     """Return `count` samples from the folder's images, or rendered scenes without a folder.
 
     Each is of another image. `again`: if there are too few, images are asked their further questions too. Questions
-    about one image follow each other. Raises Refused if there are too few.
+    about one image follow each other. `skipped` gets the files and lines that cannot be used, with the reason. Raises
+    Refused if there are too few.
     """
     if images is None:
         return list(islice(_rendered(), count))
+    skipped = {} if skipped is None else skipped
     found = pictures(images)
-    usable = [(decode(path.read_bytes(), ImageLimits()).pixels, texts) for path, texts in found.asked[:count]]
+    skipped |= found.skipped
+    usable = list(islice(_decoded(found.asked, images, skipped), count))
     turns = max((len(texts) for _, texts in usable), default=0) if again else 1
     chosen = [(place, turn) for turn in range(turns) for place, (_, texts) in enumerate(usable) if turn < len(texts)]
     if len(chosen) < count:
         what = "questions about images" if again else "images that are asked about"
-        raise Refused(f"{images} has {len(chosen)} {what}, fewer than {count}: add some or use another --images folder")
+        raise Refused(
+            f"{images} has {len(chosen)} {what}, fewer than {count}: add some or use another --images folder"
+            + (f". {told(skipped)}" if skipped else "")
+        )
     return [(usable[place][0], usable[place][1][turn]) for place, turn in sorted(chosen[:count])]
+
+
+def _decoded(
+    asked: Iterable[tuple[Path, list[str]]], folder: Path, skipped: dict[str, str]
+) -> Iterator[tuple[np.ndarray, list[str]]]:
+    for path, texts in asked:
+        try:
+            yield decode(path.read_bytes(), ImageLimits()).pixels, texts
+        except (GlimpseError, OSError) as exc:
+            skipped[str(path.relative_to(folder))] = str(exc)
+
+
+def told(skipped: Mapping[str, str]) -> str:
+    """What was left out, in a line: the first few, and how many."""
+    few = "; ".join(f"{name}: {reason}" for name, reason in islice(skipped.items(), MOST_TOLD))
+    return f"{len(skipped)} files or lines are left out: {few}" + ("; ..." if len(skipped) > MOST_TOLD else "")
 
 
 def _rendered() -> Iterator[Sample]:

@@ -44,6 +44,7 @@ from service.core.tensors import MODELS
 from service.text.prompt import PromptBuilder
 
 MODEL, PLAN = "model.onnx", "model.plan"
+SKIPPED = "skipped.txt"  # of a step: files and lines of --images that cannot be used
 VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 PROJECT = Path(__file__).parents[2]
 
@@ -121,12 +122,21 @@ class Maker:
         path.rename(out / MODEL)
 
     def make_samples(self, step: Step, out: Path) -> None:
-        given = samples.samples(self.options.images, step.settings["count"])
+        given = self._samples(step, out)
         told = ModelCard.from_json((self.folder("card") / "card.json").read_text())
         prompts = PromptBuilder.load(told, self.folder("card"))
         exported = {name: self.folder(made) / MODEL for name, made in step.settings["graphs"].items()}
         for name, arrays in samples.feeds(given, exported, prompts).items():
             np.savez(out / f"{name}.npz", **arrays)
+
+    def _samples(self, step: Step, out: Path, *, again: bool = False) -> list[samples.Sample]:
+        """Make the step's samples. Files that cannot be used are told, and listed in the step's output."""
+        skipped: dict[str, str] = {}
+        given = samples.samples(self.options.images, step.settings["count"], again=again, skipped=skipped)
+        if skipped:
+            (out / SKIPPED).write_text("".join(f"{name}: {reason}\n" for name, reason in sorted(skipped.items())))
+            tqdm.write(f"  {step.name}: {samples.told(skipped)}", file=sys.stderr)
+        return given
 
     def make_fp8(self, step: Step, out: Path) -> None:
         name = step.settings["graph"]
@@ -168,7 +178,7 @@ class Maker:
         save(model, out / MODEL, f"{step.settings['graph']}.bf16")
 
     def make_agreement(self, step: Step, out: Path) -> None:
-        given = samples.samples(self.options.images, step.settings["count"], again=True)
+        given = self._samples(step, out, again=True)
         told = ModelCard.from_json((self.folder("card") / "card.json").read_text())
         prompts = PromptBuilder.load(told, self.folder("card"))
         fp32, ours = (

@@ -18,6 +18,7 @@ from build_engines.convert.inspection import inspect
 from build_engines.convert.options import Refused
 from build_engines.convert.run import digests
 from build_engines.repository import GRAPHS
+from tests.support.fakes import png
 from tests.support.killed_builds import kill_at_every_step
 from tests.support.shared_exports import SharedExports
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
@@ -233,6 +234,23 @@ def test_a_folder_that_is_no_repository_is_not_replaced(
     assert build.main([str(tiny), "--out", str(tmp_path)]) == 2
     assert "not empty: choose another --out" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_damaged_picture_is_left_out_and_listed_and_too_few_are_told(
+    tiny: Path, exports: SharedExports, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(15):
+        (pictures / f"{number:02}.png").write_bytes(png())
+    (pictures / "00.jpg").write_bytes(b"no picture")
+    arguments = [str(tiny), "--out", str(tmp_path / "out"), "--images", str(pictures), "--until", "samples"]
+    assert exports.build(*arguments) == 3
+    assert "has 15 images that are asked about, fewer than 16" in capsys.readouterr().err
+    (pictures / "15.png").write_bytes(png())
+    assert build.main(arguments) == 0
+    assert "samples: 1 files or lines are left out: 00.jpg: " in capsys.readouterr().err
+    assert (tmp_path / "out.build" / "samples" / "skipped.txt").read_text().startswith("00.jpg: ")
 
 
 def test_where_the_gpu_is_missing_the_rest_is_made_and_the_next_step_told(

@@ -45,6 +45,19 @@ def test_a_plain_list_of_questions_goes_round_the_images(folder: Path) -> None:
     assert told(samples(folder, 1)) == [(10, "what is in the picture?")]
 
 
+def test_a_file_that_is_no_image_is_left_out_and_told(folder: Path) -> None:
+    whole = (folder / "b.png").read_bytes()
+    (folder / "a.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "b2.jpg").mkdir()
+    (folder / "questions.txt").write_text("c.png\twhat is it?\na.png\twhat?\nb.png\twhere?\nz.png\thow?\n")
+    skipped: dict[str, str] = {}
+    assert told(samples(folder, 2, skipped=skipped)) == [(20, "where?"), (30, "what is it?")]
+    assert skipped.keys() == {"a.png", "z.png"}
+    assert "damaged or cut short" in skipped["a.png"]
+    with pytest.raises(Refused, match=r"has 2 images .*, fewer than 3: .*2 files or lines are left out: .*a\.png: the"):
+        samples(folder, 3)
+
+
 @pytest.mark.parametrize(
     ("text", "why"), [("\n \n", r"questions\.txt has no question"), ("z.png\twhat?\n", "no question of .* is about")]
 )

@@ -15,10 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
+from itertools import chain as chain_of
 from pathlib import Path
 
 from tqdm import tqdm
 
+from build_engines import left_out
 from build_engines.calibration.asking import ABSENT, FOREIGN, WORDS, Picture, Task, ask, scenes, told
 from build_engines.calibration.chain import Chain
 from build_engines.calibration.fitting import Asked, TooFew, fitted
@@ -28,6 +31,7 @@ from build_engines.calibration.several import keeping_several, with_several
 from build_engines.calibration.writing import write
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
 from service.core.confidence import Words, summary
+from service.core.errors import GlimpseError
 
 FIRST = 600_000  # scenes that nothing else uses
 SCENES = {NEW: 480, PAIRS: 400, SMALL: 520}
@@ -37,36 +41,76 @@ FOREIGN_QUESTIONS = 3  # about each of them
 
 
 def collected(
-    chain: Chain, pictures: list[Picture], foreign_files: list[bytes], kept: Path | None = None
+    chain: Chain,
+    pictures: list[Picture],
+    foreign_files: Mapping[str, bytes],
+    kept: Path | None = None,
+    skipped: dict[str, str] | None = None,
 ) -> list[Asked]:
     """Ask every picture's questions, and the same questions about the foreign files, where no answer is right.
 
-    What each picture brings is kept in the file `kept`, and is not asked for again.
+    What each picture brings is kept in the file `kept`, and is not asked for again. `skipped` gets the pictures and
+    foreign files that cannot be used, by name, with the reason.
     """
-    known = Kept(kept)
+    known, left = Kept(kept), {} if skipped is None else skipped
 
-    def material(picture: Picture, *, is_foreign: bool) -> Asked:
+    def material(picture: Picture, *, is_foreign: bool) -> list[Asked]:
         if (asked := known.get(picture)) is None:
-            ((view, outcomes),) = ask(chain, [picture])
+            try:
+                ((view, outcomes),) = ask(chain, [picture])
+            except GlimpseError as exc:
+                left[picture.name] = str(exc)
+                return []
             asked = Asked(summary(view.vision), outcomes, is_foreign)
             known.put(picture, asked)
-        return asked
+        return [asked]
 
     own = [material(each, is_foreign=False) for each in tqdm(pictures, desc="questions", unit="image")]
-    asked = [task for picture in pictures for task in picture.tasks if task.group != ABSENT]
-    strangers = [
-        Picture(data, [Task(0, FOREIGN, task.question, None, None) for task in asked[7 * index :][:FOREIGN_QUESTIONS]])
-        for index, data in enumerate(foreign_files)
-    ]
-    return own + [material(each, is_foreign=True) for each in tqdm(strangers, desc="foreign", unit="image")]
+    used = [picture for picture, found in zip(pictures, own, strict=True) if found]
+    asked = [task for picture in used for task in picture.tasks if task.group != ABSENT]
+    strangers = []
+    for index, (name, data) in enumerate(foreign_files.items()):
+        tasks = [Task(0, FOREIGN, task.question, None, None) for task in asked[7 * index :][:FOREIGN_QUESTIONS]]
+        strangers.append(Picture(data, tasks, name=name))
+    return list(
+        chain_of(*own, *(material(each, is_foreign=True) for each in tqdm(strangers, desc="foreign", unit="image")))
+    )
 
 
 def reference_material(chain: Chain, share: float = 1.0, kept: Path | None = None) -> list[Asked]:
     """Ask about rendered scenes of all splits, and about out-of-distribution images."""
     numbers = {split: max(2, round(number * share)) for split, number in SCENES.items()}
     pictures = [picture for split, number in numbers.items() for picture in scenes(split, number, FIRST)]
-    files = [each.data for each in foreign("fit", max(2, round(FOREIGN_IMAGES * share)))]
+    files = {each.name: each.data for each in foreign("fit", max(2, round(FOREIGN_IMAGES * share)))}
     return collected(chain, pictures, files, kept)
+
+
+def own_material(chain: Chain, questions: Path, folder: Path | None, kept: Path) -> list[Asked]:
+    """Ask the questions of a file, and about the foreign images of a folder. Files that cannot be used are told, and
+    listed beside `kept`. Raises ValueError if no question, or no file of the folder, can be used."""
+    skipped: dict[str, str] = {}
+    pictures = list(told(questions, skipped))
+    files = {} if folder is None else read_files(folder, skipped)
+    found = collected(chain, pictures, files, kept, skipped)
+    if skipped:
+        left_out.write(skipped, kept.parent)
+        print(f"{left_out.told(skipped)}. See {kept.parent / left_out.FILE}", file=sys.stderr)
+    if not any(not each.is_foreign for each in found):
+        raise ValueError(f"no question of {questions} can be used")
+    if folder is not None and not any(each.is_foreign for each in found):
+        raise ValueError(f"no file of {folder} is an image that can be used")
+    return found
+
+
+def read_files(folder: Path, skipped: dict[str, str]) -> dict[str, bytes]:
+    """Read the files of a folder, by name."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        try:
+            found[path.name] = path.read_bytes()
+        except OSError as exc:
+            skipped[path.name] = str(exc)
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,8 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.questions is None:
             material = reference_material(chain, kept=kept)
         else:
-            files = sorted(given.foreign.iterdir()) if given.foreign else []
-            material = collected(chain, list(told(given.questions)), [path.read_bytes() for path in files], kept)
+            material = own_material(chain, given.questions, given.foreign, kept)
         calibration = fitted(material, words_of(given.words), {"weights": chain.card.visual_fingerprint})
         if given.questions is None:
             calibration = with_several(calibration, chain)

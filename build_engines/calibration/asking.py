@@ -67,6 +67,7 @@ class Picture:
     data: bytes
     tasks: list[Task]
     closely: bool = False
+    name: str = ""  # in messages
 
 
 def scenes(split: str, number: int, first: int, absent: int = 1) -> Iterator[Picture]:
@@ -94,14 +95,20 @@ def as_webp(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def told(path: Path) -> Iterator[Picture]:
+def told(path: Path, skipped: dict[str, str] | None = None) -> Iterator[Picture]:
     """Read questions with known answers: JSON lines of image (a file beside it), question, answer and, if the question
-    names something, found. Raises ValueError, which names the line."""
+    names something, found. `skipped` gets the lines whose image cannot be read. Raises ValueError, which names the
+    line."""
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
             task = Task(number, str(row.get("split", "all")), row["question"], row["answer"], row.get("found"))
-            yield Picture((path.parent / row["image"]).read_bytes(), [task])
+            name = f"{path.name}:{number}: {row['image']}"
+            yield Picture((path.parent / row["image"]).read_bytes(), [task], name=name)
+        except OSError as exc:
+            if skipped is None:
+                raise
+            skipped[name] = str(exc)
         except (ValueError, KeyError, TypeError, AttributeError) as exc:
             raise ValueError(f"{path}, line {number}: give image, question and answer ({exc!r})") from exc
 

@@ -151,7 +151,9 @@ def code_files() -> list[Path]:
     """This project's files that the steps' outputs depend on."""
     package = Path(__file__).parents[1]
     own = sorted(path for folder in ("convert", "model", "scenes") for path in (package / folder).glob("*.py"))
-    own += [package / name for name in ("export.py", "repository.py", "adapt/data.py", "datasets/images.py")]
+    own += [
+        package / name for name in ("export.py", "repository.py", "left_out.py", "adapt/data.py", "datasets/images.py")
+    ]
     return [*own, *(Path(tensors.__file__).parents[2] / name for name in SERVING_CODE)]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from build_engines import left_out
 from build_engines.convert.options import Refused
 from build_engines.convert.pictures import PLAIN_QUESTIONS, pictures
 from build_engines.model.allocation import CELL_COUNT, PATCH_COUNT
@@ -31,7 +32,6 @@ from triton_models.session import Array, Graph
 SEED = 907  # used for no other scenes
 PARITY = 16  # samples for which the inputs of every graph are kept
 BATCH = 4
-MOST_TOLD = 3  # files that are left out, in a message
 VISION_BUDGETS = ((64, 64), (64, 112), (64, 160), (64, 256), (256, 256))
 
 Sample = tuple[np.ndarray, str]  # RGB uint8 [3, 224, 224] and a question
@@ -58,7 +58,7 @@ def samples(
         what = "questions about images" if again else "images that are asked about"
         raise Refused(
             f"{images} has {len(chosen)} {what}, fewer than {count}: add some or use another --images folder"
-            + (f". {told(skipped)}" if skipped else "")
+            + (f". {left_out.told(skipped)}" if skipped else "")
         )
     return [(usable[place][0], usable[place][1][turn]) for place, turn in sorted(chosen[:count])]
 
@@ -71,12 +71,6 @@ def _decoded(
             yield decode(path.read_bytes(), ImageLimits()).pixels, texts
         except (GlimpseError, OSError) as exc:
             skipped[str(path.relative_to(folder))] = str(exc)
-
-
-def told(skipped: Mapping[str, str]) -> str:
-    """What was left out, in a line: the first few, and how many."""
-    few = "; ".join(f"{name}: {reason}" for name, reason in islice(skipped.items(), MOST_TOLD))
-    return f"{len(skipped)} files or lines are left out: {few}" + ("; ..." if len(skipped) > MOST_TOLD else "")
 
 
 def _rendered() -> Iterator[Sample]:

@@ -21,6 +21,7 @@ import onnx
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from build_engines import left_out
 from build_engines.convert import agreement, commands, integers, parity, plans, precision, profiles, samples, trtllm
 from build_engines.convert.manifest import KEPT, NAME, NOT_FP8, TOOL, manifest, write
 from build_engines.convert.options import GPU_PRECISIONS, Options, Refused
@@ -44,7 +45,6 @@ from service.core.tensors import MODELS
 from service.text.prompt import PromptBuilder
 
 MODEL, PLAN = "model.onnx", "model.plan"
-SKIPPED = "skipped.txt"  # of a step: files and lines of --images that cannot be used
 VERSIONED = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 PROJECT = Path(__file__).parents[2]
 
@@ -134,8 +134,8 @@ class Maker:
         skipped: dict[str, str] = {}
         given = samples.samples(self.options.images, step.settings["count"], again=again, skipped=skipped)
         if skipped:
-            (out / SKIPPED).write_text("".join(f"{name}: {reason}\n" for name, reason in sorted(skipped.items())))
-            tqdm.write(f"  {step.name}: {samples.told(skipped)}", file=sys.stderr)
+            left_out.write(skipped, out)
+            tqdm.write(f"  {step.name}: {left_out.told(skipped)}", file=sys.stderr)
         return given
 
     def make_fp8(self, step: Step, out: Path) -> None:

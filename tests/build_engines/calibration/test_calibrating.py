@@ -66,8 +66,8 @@ class Looking(Chain):
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     chain, kept = Looking.load(REPOSITORY), tmp_path / "kept" / "weights.jsonl"
-    pictures, foreign = list(told(questions(tmp_path, 3))), [png()]
-    first = collected(chain, pictures[:2], [], kept)
+    pictures, foreign = list(told(questions(tmp_path, 3))), {"a.png": png()}
+    first = collected(chain, pictures[:2], {}, kept)
     assert chain.looks == 2
     with kept.open("r+b") as file:  # stopped in the middle of a line
         file.truncate(kept.stat().st_size - 9)
@@ -80,6 +80,31 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [each.is_foreign for each in again] == [False] * 3 + [True]
     for one, other in zip(whole, again, strict=True):
         np.testing.assert_array_equal(one.summary, other.summary)
+
+
+@pytest.mark.slow
+def test_files_that_are_no_images_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, foreign, kept = questions(tmp_path, 3), tmp_path / "foreign", tmp_path / "kept"
+    (foreign / "more").mkdir(parents=True)
+    (foreign / "Thumbs.db").write_bytes(b"no picture")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    damaged, missing = rows[0] | {"image": "damaged.jpg"}, rows[0] | {"image": "missing.jpg"}
+    (tmp_path / "damaged.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    file.write_text("".join(json.dumps(row) + "\n" for row in (damaged, missing, *rows)))
+    arguments = [str(REPOSITORY), "--questions", str(file), "--foreign", str(foreign), "--kept", str(kept)]
+    assert main(arguments) == 2
+    told_first = capsys.readouterr().err
+    assert "4 files or lines are left out: " in told_first
+    assert "no file of " + str(foreign) + " is an image that can be used" in told_first
+    (foreign / "a.png").write_bytes(png())
+    assert main(arguments) == 2
+    assert "ask questions with at least 50 right and 50 wrong answers" in capsys.readouterr().err
+    listed = (kept / "skipped.txt").read_text()
+    for name in ("questions.jsonl:1: damaged.jpg: ", "questions.jsonl:2: missing.jpg: ", "Thumbs.db: ", "more: "):
+        assert name in listed
+    file.write_text(json.dumps(damaged) + "\n")
+    assert main(arguments[:3] + arguments[5:]) == 2
+    assert "no question of " in capsys.readouterr().err
 
 
 def test_the_calibration_goes_into_the_card_and_the_checkpoints_card(tmp_path: Path) -> None:

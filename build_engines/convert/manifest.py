@@ -96,4 +96,8 @@ def _read(path: Path) -> Any:
 
 
 def write(path: Path, what: object) -> None:
-    path.write_text(json.dumps(what, indent=2, sort_keys=True) + "\n")
+    path.write_text(as_text(what))
+
+
+def as_text(what: object) -> str:
+    return json.dumps(what, indent=2, sort_keys=True) + "\n"

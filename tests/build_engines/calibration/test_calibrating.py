@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from build_engines.calibration.__main__ import collected, main
 from build_engines.calibration.asking import told
 from build_engines.calibration.chain import Chain, View
 from build_engines.calibration.writing import write
+from build_engines.convert.run import digests
+from build_engines.verify.files import check_manifest
+from build_engines.verify.report import Report
 from service.core.card import ModelCard
 from service.core.request import Budget
 from tests.support.calibrations import calibrated
@@ -121,6 +125,23 @@ def test_the_calibration_goes_into_the_card_and_the_checkpoints_card(tmp_path: P
         == "calibrated on 80 questions about 10 images, and on 2 out-of-distribution images"
     )
     assert json.loads((tmp_path / "model_card.json").read_text()) == {"name": "x", "confidence": calibration.to_json()}
+
+
+def test_a_calibrated_repository_is_still_what_its_manifest_says(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    shutil.copyfile(REPOSITORY / "card.json", repository / "card.json")
+    (repository / "manifest.json").write_text(json.dumps({"precision": "fp32", "files": digests(repository)}))
+    before = (repository / "card.json").read_text()
+    os.link(repository / "card.json", tmp_path / "opened before")
+    write(calibrated(ModelCard.from_json(before).vision_width), repository, None)
+    report = Report()
+    check_manifest(repository, report)
+    assert [(check.name, check.state) for check in report.checks] == [("manifest", "ok")]
+    assert json.loads((repository / "manifest.json").read_text())["precision"] == "fp32"
+    assert sorted(path.name for path in repository.iterdir()) == ["card.json", "manifest.json"]
+    assert (tmp_path / "opened before").read_text() == before  # the new card took its name as a whole
+    assert (repository / "card.json").read_text() != before
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"image": "a.png"}'])

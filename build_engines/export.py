@@ -27,6 +27,7 @@ from torch.export import Dim, ShapesCollection
 from build_engines.model.allocation import CELL_COUNT, PATCH_COUNT
 from build_engines.model.checkpoint import QUERIES, Checkpoint
 from build_engines.model.clip import CARD
+from build_engines.replacing import is_replaceable
 from build_engines.repository import (
     CLIP_GRAPH,
     CLIP_LLM,
@@ -389,9 +390,10 @@ def _range(told: object) -> tuple[int, int]:
 def export(source: Path | str, repository: Path, write: Callable[[Graph, Path], None] = export_graph) -> None:
     """Export the checkpoint in a directory or on the hub to a repository that Triton serves.
 
-    `write` makes each graph's file. Raises as `Checkpoint.load` does. The repository is written only after every graph
-    is exported.
+    `write` makes each graph's file. Raises as `Checkpoint.load` does, and ValueError if `repository` is a folder of
+    something else. The repository is written after every graph is exported, and replaces an earlier one as a whole.
     """
+    require_replaceable(repository)
     checkpoint = Checkpoint.load(source)
     told = card(checkpoint)
     for noisy in ("torch.onnx", "onnxscript"):
@@ -419,6 +421,12 @@ def export(source: Path | str, repository: Path, write: Callable[[Graph, Path], 
         write_repository(repository, dimensions, scratch, beside)
 
 
+def require_replaceable(repository: Path) -> None:
+    """Raises ValueError if the folder is neither empty nor a repository, because an export replaces all of it."""
+    if not is_replaceable(repository):
+        raise ValueError(f"{repository} is not a model repository and is not empty: choose another folder")
+
+
 def weights_bytes(path: Path) -> int:
     """Size of a graph's file and of the weights file beside it, if any."""
     beside = path.with_name(weights_file(path.stem))
@@ -432,6 +440,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="repository to write")
     arguments = parser.parse_args()
+    try:
+        require_replaceable(arguments.out)
+    except ValueError as exc:
+        parser.error(str(exc))
     export(arguments.checkpoint, arguments.out)
 
 

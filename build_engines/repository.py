@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from build_engines.replacing import replacing
 from service.core.card import LLM_CLIPS, LLM_ENCODER
 from service.core.tensors import CLIP_WEIGHTS, LIKELIEST, MODELS, PATCH_SLOTS, VISION_SLOTS, Step, Tensor
 
@@ -275,33 +276,25 @@ def runner(model: Model) -> str:
 
 
 def write_repository(repository: Path, dimensions: Dimensions, graphs: Path, beside: Mapping[str, Path]) -> None:
-    """Write the whole repository.
+    """Write the whole repository, in place of an earlier one.
 
     `graphs` is a folder with `<model>.onnx` for each of `graphs_of` and of `beside_llm`, and its file of weights if it
     has one. `beside` are the files beside the models, card and tokenizers, by
     name. Raises FileNotFoundError, which names every missing file, before anything is written.
     """
-    names, kept = graphs_of(dimensions), {model.name for model in models(dimensions)}
-    files = {name: repository / name / "1" / "model.onnx" for name in names}
-    files |= {name: file_beside_llm(repository, name) for name in dimensions.beside_llm}
-    sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in files)]
+    names = (*graphs_of(dimensions), *dimensions.beside_llm)
+    sources = [*beside.values(), *(graphs / f"{name}.onnx" for name in names)]
     if missing := [str(path) for path in sources if not path.is_file()]:
         raise FileNotFoundError(f"missing: {', '.join(missing)}")
-    for model in models(replace(dimensions, closer_view=True, clip=True)):
-        if model.name not in kept and (repository / model.name).exists():
-            shutil.rmtree(repository / model.name)  # from an earlier checkpoint
-    write_configs(repository, dimensions)
-    for name in BESIDE_LLM:  # from an earlier checkpoint
-        file = file_beside_llm(repository, name)
-        file.unlink(missing_ok=True)
-        file.with_name(weights_file(name)).unlink(missing_ok=True)
-    for name, file in files.items():
-        shutil.copyfile(graphs / f"{name}.onnx", file)
-        (file.parent / weights_file(name)).unlink(missing_ok=True)
-        if (graphs / weights_file(name)).exists():
-            shutil.copyfile(graphs / weights_file(name), file.parent / weights_file(name))
-    for name, path in beside.items():
-        shutil.copyfile(path, repository / name)
+    with replacing(repository) as fresh:
+        write_configs(fresh, dimensions)
+        for name in names:
+            file = file_beside_llm(fresh, name) if name in BESIDE_LLM else fresh / name / "1" / "model.onnx"
+            shutil.copyfile(graphs / f"{name}.onnx", file)
+            if (graphs / weights_file(name)).exists():
+                shutil.copyfile(graphs / weights_file(name), file.parent / weights_file(name))
+        for name, path in beside.items():
+            shutil.copyfile(path, fresh / name)
 
 
 def file_beside_llm(repository: Path, graph: str) -> Path:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from build_engines.convert.plan import Step
 from build_engines.convert.source import file_digest
+from build_engines.replacing import replacing
 
 DONE = "done.json"
 
@@ -76,30 +77,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Replace `out` by a step's output. At every moment `out` is whole: old or new.
-
-    A kill between two renames can leave `out` missing, with a whole copy beside it. `recover` repairs that.
-    """
-    recover(out)
-    fresh, old = _beside(out, "new"), _beside(out, "old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(folder, fresh, copy_function=_link, ignore=shutil.ignore_patterns(DONE))
-    if out.exists():
-        out.rename(old)
-    fresh.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(out: Path) -> None:
-    """Finish a `publish` that was killed."""
-    old = _beside(out, "old")
-    if old.exists() and not out.exists():
-        old.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(out: Path, what: str) -> Path:
-    return out.parent / f".{out.name}.{what}"
+    """Replace `out` by a step's output."""
+    with replacing(out) as fresh:
+        shutil.copytree(folder, fresh, copy_function=_link, ignore=shutil.ignore_patterns(DONE))
 
 
 def _link(source: str, target: str) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from build_engines.convert.__main__ import code_files
 from build_engines.convert.plan import Step, keyed
-from build_engines.convert.run import digests, is_done, publish, recover, run
+from build_engines.convert.run import digests, is_done, publish, run
+from build_engines.replacing import recover
 
 PHASES = ("begun", "made", "finished")
 

@@ -295,7 +295,9 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         )
     fingerprint = checkpoint.visual_fingerprint()
     clip_fingerprint = checkpoint.clip_fingerprint()
-    confidence, why = _calibration(told.pop("confidence", None), vision.hidden_size, fingerprint, clip_fingerprint)
+    language = checkpoint.language_fingerprint()
+    weights = {"weights": fingerprint, "language": language}
+    confidence, why = _calibration(told.pop("confidence", None), vision.hidden_size, weights, clip_fingerprint)
     return ModelCard(
         name=str(told.pop("name")),
         fingerprint=checkpoint.vision_fingerprint(),
@@ -329,6 +331,7 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         top_log_probs=True,
         clip=None if checkpoint.clip is None else ClipResampler.from_json(CARD | {"fingerprint": clip_fingerprint}),
         clip_weights=checkpoint.clip_language is not None,
+        language_fingerprint=language,
         confidence=confidence,
         metadata=told | {"confidence": why},
     )
@@ -360,17 +363,21 @@ def _tokens(told: object) -> tuple[int, int]:
 
 
 def _calibration(
-    told: object, vision_width: int, fingerprint: str, clip_fingerprint: str
+    told: object, vision_width: int, weights: Mapping[str, str], clip_fingerprint: str
 ) -> tuple[Calibration | None, str]:
     """Read the checkpoint's calibration -> it, and what to say about it.
 
-    None if it is of other weights. If only the weights for clips are others, so is the part about clips.
+    weights: the fingerprints that it must have been fitted on. None if it was fitted on others, or does not tell them.
+    If only the weights for clips are others, so is the part about clips.
     """
     if told is None:
         return None, "absent: this checkpoint is not calibrated; `glimpse calibrate` does it"
     calibration = Calibration.from_json(told, vision_width)
-    if calibration.fitted_on.get("weights") != fingerprint:
-        return None, "absent: the checkpoint's calibration is of other weights; `glimpse calibrate` fits a new one"
+    if any(calibration.fitted_on.get(name) != value for name, value in weights.items()):
+        return None, (
+            "absent: the checkpoint's calibration is of other weights, or of another prompt or tokenizer; "
+            "`glimpse calibrate` fits a new one"
+        )
     if calibration.fitted_on.get("clip_weights") != clip_fingerprint:
         calibration = dataclasses.replace(calibration, several=None)
     return calibration, calibration.about()

@@ -30,6 +30,7 @@ from build_engines.calibration.kept import Kept
 from build_engines.calibration.several import keeping_several, with_several
 from build_engines.calibration.writing import write
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
+from service.core.card import ModelCard
 from service.core.confidence import Words, summary
 from service.core.errors import GlimpseError
 
@@ -128,6 +129,19 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def weights_of(card: ModelCard) -> dict[str, str]:
+    """What a calibration is of: it says nothing about other models, another prompt or another tokenizer.
+
+    Raises ValueError for a card that does not tell the language model.
+    """
+    if not card.language_fingerprint:
+        raise ValueError(
+            "card.json has no language_fingerprint, so that a calibration could not tell its language model: "
+            "build the repository again, into a new folder"
+        )
+    return {"weights": card.visual_fingerprint, "language": card.language_fingerprint}
+
+
 def words_of(path: Path | None) -> Words:
     if path is None:
         return WORDS
@@ -139,12 +153,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         chain = Chain.load(given.repository, threads=1)
-        kept = given.kept / f"{chain.card.visual_fingerprint}.jsonl"
+        weights = weights_of(chain.card)
+        kept = given.kept / f"{'-'.join(weights.values())}.jsonl"
         if given.questions is None:
             material = reference_material(chain, kept=kept)
         else:
             material = own_material(chain, given.questions, given.foreign, kept)
-        calibration = fitted(material, words_of(given.words), {"weights": chain.card.visual_fingerprint})
+        calibration = fitted(material, words_of(given.words), weights)
         if given.questions is None:
             calibration = with_several(calibration, chain)
         elif chain.card.confidence is not None:

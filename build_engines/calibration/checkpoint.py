@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from build_engines.calibration.__main__ import reference_material
+from build_engines.calibration.__main__ import reference_material, weights_of
 from build_engines.calibration.asking import WORDS
 from build_engines.calibration.chain import Chain
 from build_engines.calibration.fitting import TooFew, fitted
@@ -25,7 +25,7 @@ def calibrate_checkpoint(checkpoint: Path, share: float = 1.0) -> bool:
         export(checkpoint, repository)
         chain = Chain.load(repository)
         try:
-            calibration = fitted(reference_material(chain, share), WORDS, {"weights": chain.card.visual_fingerprint})
+            calibration = fitted(reference_material(chain, share), WORDS, weights_of(chain.card))
             calibration = with_several(calibration, chain, share)
         except TooFew as error:
             print(f"not calibrated: {error}")

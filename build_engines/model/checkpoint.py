@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from build_engines.model import fingerprint
 from build_engines.model.adapted import FIXED, QFORMER, TRAINED, WEIGHTS, ZERO_SHOT, Adapted
 from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.balancing import SUMMARIES, OpponentProcessing
@@ -311,18 +312,42 @@ class Checkpoint:
     def vision_fingerprint(self) -> str:
         """16 hex digits over everything that a vision feature depends on."""
         vision = self.model.model.vision_model if self.is_idefics else self.model.vision_model
-        return _fingerprint(self.image_mean, self.image_std, vision)
+        return self._fingerprint(vision)
 
     def visual_fingerprint(self) -> str:
         """16 hex digits over everything that an image's visual token depends on."""
         parts = [self.vision_encoder(), self.allocator(), self.qformer()]
-        return _fingerprint(self.image_mean, self.image_std, *parts)
+        return self._fingerprint(*parts)
+
+    def language_fingerprint(self) -> str:
+        """16 hex digits over what an answer's probability depends on besides its visual tokens.
+
+        The language model's weights, in the files' own precision; the prompt and the answer's end; the tokenizers.
+        """
+        weights = fingerprint.of_language_files(self.directory, (ALLOCATOR, CLIP, CLIP_LANGUAGE))
+        prompt, end_id = self.card.get("prompt", self.prompt), self.card.get("end_id", self.end_id)
+        return fingerprint.of_parts(weights, str(prompt), str(end_id), *self._tokenizer_bytes().values())
+
+    def question_fingerprint(self) -> str:
+        """16 hex digits over the tokenizer of the question's ids, which an allocator reads."""
+        return fingerprint.of_parts(self._tokenizer_bytes()[self.question_tokenizer])
+
+    def qformer_fingerprint(self) -> str:
+        """16 hex digits over what makes visual tokens of vision tokens."""
+        return self._fingerprint(self.qformer())
 
     def clip_fingerprint(self) -> str:
         """16 hex digits over all weights that only clips and several images use; empty if there are none."""
         language = [] if self.clip_language is None else [self.clip_language]
         parts = [*([] if self.clip is None else [self.clip]), *language]
-        return _fingerprint(self.image_mean, self.image_std, *parts) if parts else ""
+        return self._fingerprint(*parts) if parts else ""
+
+    def _fingerprint(self, *modules: nn.Module) -> str:
+        return fingerprint.of_modules(*modules, about=repr((self.image_mean, self.image_std)))
+
+    def _tokenizer_bytes(self) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as scratch:
+            return {name: path.read_bytes() for name, path in self.tokenizers(Path(scratch)).items()}
 
 
 def why_not(config: PreTrainedConfig) -> str:
@@ -399,15 +424,6 @@ def _seeing(family: type[Module], directory: Path) -> Module:
                     weights[name] = file.get_tensor(name).float()
     model.load_state_dict(weights, strict=False, assign=True)
     return model
-
-
-def _fingerprint(image_mean: list[float], image_std: list[float], *modules: nn.Module) -> str:
-    digest = hashlib.sha256(repr((image_mean, image_std)).encode())
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def save_allocator(allocator: RelevanceAllocator, path: Path) -> None:

@@ -139,6 +139,9 @@ class ModelCard:
     # By CPU precision other than FP32: how many questions were asked, and the share of answers equal to FP32's.
     precisions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     top_log_probs: bool = False  # whether the LLM tells the likeliest tokens beside each of its own
+    # Of what an answer depends on besides its visual tokens: the LLM's weights, the prompt, the tokenizers. Empty in a
+    # card of a build that did not tell it.
+    language_fingerprint: str = ""
     confidence: Calibration | None = None  # None: answers carry no confidence, and metadata.confidence says why
     metadata: Mapping[str, object] = field(default_factory=dict)  # shown in GET /v1/models: licence, accuracy, source
 
@@ -160,6 +163,7 @@ class ModelCard:
             precision=precision,
             fingerprint=of_precision(self.fingerprint, precision),
             visual_fingerprint=of_precision(self.visual_fingerprint, precision),
+            language_fingerprint=self.language_fingerprint and of_precision(self.language_fingerprint, precision),
         )
 
     @property

@@ -1,6 +1,7 @@
 """The committed graphs against PyTorch; the exporter on a checkpoint of another shape."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 from build_engines.convert.tensorrt_rules import MAY_VARY, faults
@@ -192,7 +194,8 @@ def test_a_checkpoint_without_allocator_weights_says_so(tiny):
 
 def test_a_checkpoints_calibration_goes_into_the_card_if_it_is_of_these_weights(tiny):
     width = tiny.model.config.vision_config.hidden_size
-    fitted = replace(calibrated(width), fitted_on={"weights": tiny.visual_fingerprint(), "images": 7})
+    weights = {"weights": tiny.visual_fingerprint(), "language": tiny.language_fingerprint()}
+    fitted = replace(calibrated(width), fitted_on=weights | {"images": 7})
     told = card(replace(tiny, card={"name": "tiny", "confidence": fitted.to_json()}))
     assert told.confidence is not None
     assert told.confidence.to_json() == fitted.to_json()
@@ -203,6 +206,45 @@ def test_a_checkpoints_calibration_goes_into_the_card_if_it_is_of_these_weights(
     assert "of other weights" in dropped.metadata["confidence"]
     assert card(tiny).confidence is None
     assert "not calibrated" in card(tiny).metadata["confidence"]
+
+
+def another_weight(folder: Path, part: str) -> None:
+    """Change one weight whose name begins with this."""
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in sorted(weights) if name.startswith(part))
+    weights[name] = weights[name] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def another_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    told = json.loads(path.read_text())
+    told["model"]["vocab"] |= {"a": told["model"]["vocab"]["b"], "b": told["model"]["vocab"]["a"]}
+    path.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("language", [True, False])
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (lambda folder: another_weight(folder, "language_model."), False),
+        (another_tokenizer, False),
+        (lambda folder: (folder / "model_card.json").write_text('{"prompt": "{question}"}'), False),
+        (lambda folder: (folder / "model_card.json").write_text('{"licence": "MIT"}'), True),
+    ],
+    ids=["language model", "tokenizer", "prompt", "nothing"],
+)
+def test_a_calibration_of_another_language_model_is_dropped(tiny, tmp_path, change, kept, language):
+    """Confidence comes from its log probabilities. The fingerprint needs no loaded language model."""
+    weights = {"weights": tiny.visual_fingerprint(), "language": card(tiny).language_fingerprint}
+    fitted = replace(calibrated(tiny.model.config.vision_config.hidden_size), fitted_on=weights)
+    shutil.copytree(tiny.directory, tmp_path / "other")
+    change(tmp_path / "other")
+    other = Checkpoint.load(tmp_path / "other", language=language)
+    told = card(replace(other, card=other.card | {"confidence": fitted.to_json()}))
+    assert told.visual_fingerprint == tiny.visual_fingerprint()
+    assert (told.confidence is not None) == kept
+    assert kept or "of another prompt" in told.metadata["confidence"]
 
 
 def test_a_default_of_visual_tokens_that_is_not_offered_is_refused(tiny):

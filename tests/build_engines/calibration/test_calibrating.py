@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,24 @@ def test_too_few_questions_are_told_and_change_nothing(tmp_path: Path, capsys: p
     assert main([str(repository), "--questions", str(questions(tmp_path, 4)), "--kept", str(tmp_path)]) == 2
     assert "ask questions with at least 50 right and 50 wrong answers" in capsys.readouterr().err
     assert (repository / "card.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_answers_of_another_language_model_are_not_kept_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository, kept = tmp_path / "repository", tmp_path / "kept"
+    shutil.copytree(REPOSITORY, repository)
+    arguments = [str(repository), "--questions", str(questions(tmp_path, 1)), "--kept", str(kept)]
+    card = ModelCard.from_json((repository / "card.json").read_text())
+    for language in (card.language_fingerprint, "another"):
+        (repository / "card.json").write_text(replace(card, language_fingerprint=language).to_json())
+        assert main(arguments) == 2  # too few questions
+    assert len([path for path in kept.iterdir() if path.stat().st_size]) == 2
+    capsys.readouterr()
+    (repository / "card.json").write_text(replace(card, language_fingerprint="").to_json())
+    assert main(arguments) == 2
+    assert "build the repository again" in capsys.readouterr().err
 
 
 class Looking(Chain):
@@ -155,5 +174,6 @@ def test_the_committed_calibration_is_of_the_committed_weights() -> None:
     card = ModelCard.from_json((REPOSITORY / "card.json").read_text())
     assert card.confidence is not None
     assert card.confidence.fitted_on["weights"] == card.visual_fingerprint
+    assert card.confidence.fitted_on["language"] == card.language_fingerprint
     checkpoint = json.loads((PROJECT / "reference" / "model_card.json").read_text())
     assert checkpoint["confidence"] == json.loads((REPOSITORY / "card.json").read_text())["confidence"]

@@ -94,9 +94,11 @@ def test_another_calibration_keeps_the_regression_of_the_same_models() -> None:
 
 def test_the_regression_is_left_out_for_other_weights() -> None:
     own = calibrated(4, several=True)
-    told = replace(own, fitted_on=dict(own.fitted_on) | {"weights": "a", "clip_weights": "b"}).to_json()
+    weights = {"weights": "a", "language": "l"}
+    told = replace(own, fitted_on=dict(own.fitted_on) | weights | {"clip_weights": "b"}).to_json()
     for clips, has_it in (("b", True), ("c", False)):
-        found, _ = _calibration(told, 4, "a", clips)
+        found, _ = _calibration(told, 4, weights, clips)
         assert found is not None
         assert (found.several is not None) == has_it
-    assert _calibration(told, 4, "other", "b")[0] is None
+    for other in ("weights", "language"):
+        assert _calibration(told, 4, weights | {other: "other"}, "b")[0] is None

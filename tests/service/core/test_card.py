@@ -20,6 +20,15 @@ def test_a_request_without_a_budget_gets_the_cards_default_within_what_its_detai
     assert ModelCard.from_json(told.to_json()) == told
 
 
+def test_models_in_another_precision_are_other_models():
+    """A card of an older build does not tell its language model, whatever the precision."""
+    told = replace(CARD, language_fingerprint="l")
+    computed = told.computed_in("int8")
+    for name in ("fingerprint", "visual_fingerprint", "language_fingerprint"):
+        assert getattr(computed, name) not in ("", getattr(told, name))
+    assert CARD.computed_in("int8").language_fingerprint == ""
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [({"name": None}, "'name'"), ({"zzz": 1}, "'zzz'"), ({"vision_tokens": 5}, "not iterable")],

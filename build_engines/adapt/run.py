@@ -64,7 +64,13 @@ def adapt(job: Job, found: Data) -> Adapted:
     checkpoint = peers.in_turn(lambda: frozen(job, peers))
     questions = Questions(prompts_of(checkpoint))
     encoder = checkpoint.vision_encoder().to(accelerator.device)
-    fingerprint = checkpoint.vision_fingerprint()
+    models = Adapted(
+        FIXED,
+        checkpoint.vision_fingerprint(),
+        (0, 0),
+        question_tokenizer=checkpoint.question_fingerprint(),
+        qformer=checkpoint.qformer_fingerprint(),
+    )
     width = checkpoint.model.config.vision_config.hidden_size
     reader = Reader(checkpoint.qformer().to(accelerator.device), checkpoint.reads_question)
     language = None
@@ -72,12 +78,15 @@ def adapt(job: Job, found: Data) -> Adapted:
         language = Language(checkpoint.model.language_model.to(accelerator.device), questions, peers)
     times = {"start": time.monotonic() - started}
     with accelerator.main_process_first():  # one process computes, the others load what it wrote
-        store = FeatureStore(job.work, found.images, width, job.closer_images, fingerprint)
+        store = FeatureStore(job.work, found.images, width, job.closer_images, models.encoder)
         store.fill(encoder, job.limits)
         times["features"] = time.monotonic() - started
     asked = chosen_questions(found, store, job)
     allocation = Allocation().to(accelerator.device)
-    teacher = Teacher(reader, language, questions, allocation, job.teacher, device=accelerator.device, peers=peers)
+    asks = asked_models(checkpoint)
+    teacher = Teacher(
+        reader, language, questions, allocation, job.teacher, asks, device=accelerator.device, peers=peers
+    )
     with peers.once():
         lessons = teacher.teach(asked, store, job.work)
     times["teacher"] = time.monotonic() - started
@@ -86,7 +95,8 @@ def adapt(job: Job, found: Data) -> Adapted:
     allocator = new_allocator(checkpoint, bool(store.closer), job.schedule.seed).to(accelerator.device)
     student = Student(allocator, reader, language, questions, adapters)
     drawer = Drawer(store, asked, lessons, job.schedule, accelerator.device, bool(adapters))
-    training = Training(accelerator, student, job.schedule, job.work, teacher.key(asked, store))
+    learned_from = f"{teacher.key(asked, store)} rank {job.adapter_rank}"
+    training = Training(accelerator, student, job.schedule, job.work, learned_from)
     learned = drawer_of(drawer, [row for row, one in enumerate(asked) if one.image not in kept_apart])
     training.run(learned, relevance=True)
     if training.step == job.schedule.relevance_steps:
@@ -96,7 +106,7 @@ def adapt(job: Job, found: Data) -> Adapted:
     training.run(learned)
     times["training"] = time.monotonic() - started
     if not peers.takes_part:
-        return Adapted(FIXED, fingerprint, (0, 0))
+        return models
     told = measured(student, drawer, kept_apart, job, quiet=not peers.is_main)
     times["measuring"] = time.monotonic() - started
     told |= {
@@ -111,8 +121,13 @@ def adapt(job: Job, found: Data) -> Adapted:
         "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
     }
     if not peers.is_main:
-        return Adapted(FIXED, fingerprint, (0, 0))
-    return publish(job, found, store, student, checkpoint.model.qformer, fingerprint, told)
+        return models
+    return publish(job, found, store, student, checkpoint.model.qformer, models, told)
+
+
+def asked_models(checkpoint: Checkpoint) -> str:
+    """Name what the teacher asks besides the encoder: the Q-Former, the language model, the tokenizers, the prompt."""
+    return f"{checkpoint.qformer_fingerprint()} {checkpoint.language_fingerprint()}"
 
 
 def measured(student: Student, drawer: Drawer, kept_apart: Collection[int], job: Job, quiet: bool) -> dict[str, Any]:
@@ -168,10 +183,10 @@ def looked_nearer(peers: Peers, training: Training, teacher: Teacher, drawer: Dr
 
 
 def publish(
-    job: Job, found: Data, store: FeatureStore, student: Student, qformer: nn.Module, fingerprint: str,
+    job: Job, found: Data, store: FeatureStore, student: Student, qformer: nn.Module, models: Adapted,
     told: dict[str, Any],
 ) -> Adapted:  # fmt: skip
-    """Write weights, card, report, plot and the list of what was left out."""
+    """Write weights, card, report, plot and the list of what was left out. `models` names what it was made for."""
     save_allocator(student.allocator.cpu(), job.out / WEIGHTS)
     (job.out / QFORMER).unlink(missing_ok=True)
     if len(student.adapters):
@@ -179,12 +194,12 @@ def publish(
         save_file({name: weight.half() for name, weight in weights.items()}, job.out / QFORMER)
     state = FIXED if not told["gains"] else TRAINED if job.teacher == ANSWERS else DISTILLED
     low, high = told["default_vision_tokens"]
-    adapted = Adapted(
-        state,
-        fingerprint,
-        (low, high),
-        told["closer_view_at"] if student.allocator.closer is not None else 1.0,
-        {
+    adapted = replace(
+        models,
+        state=state,
+        default_vision_tokens=(low, high),
+        closer_view_at=told["closer_view_at"] if student.allocator.closer is not None else 1.0,
+        told={
             "teacher": told["teacher"],
             "images": told["data"]["images"],
             "questions": told["data"]["questions"],

@@ -93,6 +93,7 @@ class Teacher:
     questions: Questions
     allocation: Allocation
     form: str
+    asks: str = ""  # names the Q-Former, the language model, the tokenizers and the prompt
     batch: int = 32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     peers: Peers = ALONE
@@ -127,8 +128,14 @@ class Teacher:
         return found
 
     def key(self, asked: Sequence[Asked], store: FeatureStore) -> str:
-        """A digest of what is taught from: the form, the images, the encoder and the questions."""
-        told = [self.form, store.key, str(MOST_ANSWER), *(f"{one.image} {one.text} {one.answer}" for one in asked)]
+        """A digest of what is taught from: the form, the models, the images and the questions."""
+        told = [
+            self.form,
+            self.asks,
+            store.key,
+            str(MOST_ANSWER),
+            *(f"{one.image} {one.text} {one.answer}" for one in asked),
+        ]
         return blake3("\n".join(told).encode()).hexdigest()
 
     def _ask(self, asked: Sequence[Asked], store: FeatureStore, found: Lessons) -> np.ndarray:

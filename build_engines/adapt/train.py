@@ -294,7 +294,9 @@ class Training:
     def __init__(
         self, accelerator: Accelerator, student: Student, schedule: Schedule, out: Path, lessons: str = ""
     ) -> None:
-        """lessons: what is learned from. A checkpoint of other lessons or of another schedule is not continued."""
+        """lessons: what is learned from, and by which adapters. A checkpoint of others, or of another schedule, is not
+        continued.
+        """
         self.accelerator, self.student, self.schedule, self.out = accelerator, student, schedule, out
         self.step = 0
         self._key = f"{lessons} {replace(schedule, checkpoint_s=0)}"

@@ -1,6 +1,6 @@
 """An adapted allocator as a folder: what `glimpse adapt` writes and `glimpse build --allocator` reads.
 
-DIR/adapted.json             how it came about, for which encoder, and what the model card gets
+DIR/adapted.json             how it came about, for which models, and what the model card gets
 DIR/allocator.safetensors    its weights, as beside a checkpoint
 DIR/qformer.safetensors      the Q-Former's weights that LoRA changed, if it was asked for
 """
@@ -27,6 +27,8 @@ class Adapted:
     default_vision_tokens: tuple[int, int]
     closer_view_at: float = 1.0
     told: dict[str, Any] = field(default_factory=dict)  # shown in GET /v1/models
+    question_tokenizer: str = ""  # fingerprint of the question's tokenizer; empty: made before this was told
+    qformer: str = ""  # fingerprint of the Q-Former as it was before LoRA changed it; empty likewise
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -106,7 +106,8 @@ class Checkpoint:
         Reads config.json, the weights, and if present model_card.json, allocator.safetensors and what the processor
         wrote (`_preprocessor`). `allocator` is a folder that `glimpse adapt` wrote, whose allocator takes the place of
         the checkpoint's own. Without `language` the language model's weights stay on disk, and it cannot be run. Raises
-        OSError for a missing file and ValueError for another architecture, or an allocator of another encoder.
+        OSError for a missing file, and ValueError for another architecture or an allocator that was adapted to another
+        model.
         """
         directory = _directory(source)
         architectures = _read_json(directory / "config.json").get("architectures", [])
@@ -158,12 +159,23 @@ class Checkpoint:
         )
 
     def adapted(self, folder: Path) -> Checkpoint:
-        """Replace the allocator by one that was adapted to this encoder. Raises ValueError for one of another."""
+        """Replace the allocator by one that was adapted to this encoder.
+
+        Raises ValueError for one of another encoder, or of another tokenizer of the question. Its changes of the
+        Q-Former fit no other Q-Former.
+        """
         told = Adapted.read(folder)
+        of_another = None
         if told.encoder != self.vision_fingerprint():
+            of_another = "encoder"
+        elif told.question_tokenizer and told.question_tokenizer != self.question_fingerprint():
+            of_another = "tokenizer of the question"
+        elif told.qformer and (folder / QFORMER).exists() and told.qformer != self.qformer_fingerprint():
+            of_another = "Q-Former"
+        if of_another is not None:
             raise ValueError(
-                f"{folder} was adapted to another encoder: run `glimpse adapt` with this checkpoint, or build the one "
-                "that it was made with"
+                f"{folder} was adapted to another {of_another}: run `glimpse adapt` with this checkpoint, or build the "
+                "one that it was made with"
             )
         if (folder / QFORMER).exists():
             self.model.load_state_dict(load_file(folder / QFORMER), strict=False)

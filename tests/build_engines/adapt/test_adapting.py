@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from build_engines.adapt.__main__ import main
 from build_engines.adapt.features import detail_of
+from build_engines.adapt.run import asked_models
 from build_engines.convert import __main__ as build
 from build_engines.model.adapted import DISTILLED, FIXED, Adapted
 from build_engines.model.checkpoint import Checkpoint
@@ -112,6 +114,73 @@ def test_an_allocator_of_another_encoder_is_refused(
     assert "was adapted to another encoder" in capsys.readouterr().err
     assert build.main([str(family.checkpoint), "--allocator", str(tmp_path / "none"), *arguments[2:]]) == 2
     assert "holds no adapted allocator" in capsys.readouterr().err
+
+
+def another(folder: Path, part: str) -> None:
+    """Make of this checkpoint one with another prompt, another tokenizer, or other weights of this name's beginning."""
+    if part == "prompt":
+        (folder / "model_card.json").write_text('{"prompt": "{question} Answer:"}')
+    elif part == "tokenizer":
+        told = json.loads((folder / "tokenizer.json").read_text())
+        words = told["model"]["vocab"]
+        words["e"], words["o"] = words["o"], words["e"]
+        (folder / "tokenizer.json").write_text(json.dumps(told))
+    else:
+        weights = load_file(folder / "model.safetensors")
+        for name in weights:
+            if name.startswith(part):
+                weights[name] = weights[name] * 1.5
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@OPT
+@pytest.mark.parametrize("part", ["language_model.", "rank"])
+def test_the_work_of_other_models_is_not_continued(family: Family, tmp_path: Path, part: str) -> None:
+    """In the folder of an earlier adaptation, with another checkpoint over the same encoder, or with another rank."""
+    out, checkpoint = tmp_path / "out", tmp_path / "checkpoint"
+    shutil.copytree(family.out, out)
+    shutil.copytree(family.checkpoint, checkpoint)
+    teacher, training = out / "work" / "teacher.json", out / "work" / "training.pt"
+    before = [json.loads(teacher.read_text())["key"], torch.load(training)["key"]]
+    if part != "rank":
+        another(checkpoint, part)
+    job = dataclasses.replace(family, checkpoint=checkpoint)
+    assert main(job.arguments(out, *(["--lora-rank", "2"] if part == "rank" else []))) == 0
+    after = [json.loads(teacher.read_text())["key"], torch.load(training)["key"]]
+    assert [ours == theirs for ours, theirs in zip(before, after, strict=True)] == [part == "rank", False]
+
+
+@OPT
+@pytest.mark.parametrize("part", ["qformer.", "language_model.", "tokenizer", "prompt"])
+def test_a_teacher_is_told_apart_by_all_that_it_asks(family: Family, tmp_path: Path, part: str) -> None:
+    shutil.copytree(family.checkpoint, tmp_path / "checkpoint")
+    asked = asked_models(Checkpoint.load(tmp_path / "checkpoint", language=False))
+    assert asked == asked_models(Checkpoint.load(family.checkpoint))
+    another(tmp_path / "checkpoint", part)
+    assert asked_models(Checkpoint.load(tmp_path / "checkpoint", language=False)) != asked
+
+
+@OPT
+@pytest.mark.parametrize("part", ["tokenizer", "qformer."])
+def test_an_allocator_of_another_tokenizer_or_qformer_is_refused(family: Family, tmp_path: Path, part: str) -> None:
+    adapted, checkpoint = tmp_path / "adapted", tmp_path / "checkpoint"
+    adapted.mkdir()
+    for name in ("allocator.safetensors", "adapted.json"):
+        (adapted / name).write_bytes((family.out / name).read_bytes())
+    told = dataclasses.replace(Adapted.read(adapted), state=DISTILLED)
+    told.write(adapted)
+    if part == "qformer.":  # its weights after LoRA, which fit no other Q-Former
+        Checkpoint.load(family.checkpoint, adapted)
+        save_file({}, adapted / "qformer.safetensors")
+    shutil.copytree(family.checkpoint, checkpoint)
+    another(checkpoint, part)
+    with pytest.raises(ValueError, match=f"was adapted to another {'tok' if part == 'tokenizer' else 'Q-Former'}"):
+        Checkpoint.load(checkpoint, adapted)
+    before = dataclasses.asdict(told)  # as earlier versions wrote it
+    del before["question_tokenizer"], before["qformer"]
+    (adapted / "adapted.json").write_text(json.dumps(before))
+    for each in (family.checkpoint, checkpoint):
+        assert Checkpoint.load(each, adapted).participatory is not None
 
 
 def test_an_allocator_that_gains_nothing_stays_with_the_full_view(family: Family, tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ CAPTION_PROMPT = "describe the image."
 MAX_TOKENS = {CAPTIONS: 40}
 MAX_SHORT_TOKENS = 16
 PLACE = "{question}"
-IDENTITY = ("id", "card", "fingerprint", "precision")  # of the model: with another one, answers do not go together
+# Of the model, and what it does if a question does not say: with another one, answers do not go together.
+IDENTITY = ("id", "card", "fingerprint", "visual_fingerprint", "language_fingerprint", "precision")
+UNASKED = ("default_vision_tokens", "default_visual_tokens", "closer_view", "fit")
 KNOWN_BY_BYTES = 65_536  # of an image: its size and its beginning tell whether it changed
 
 
@@ -164,7 +166,7 @@ def known_by(path: Path) -> bytes:
 
 def go_on_with(folder: Path, dataset: Dataset, model: Mapping[str, Any]) -> None:
     """Note in the folder what is measured. Raises AskFailed if its answers are of something else."""
-    now = {"form": dataset.form, "model": {name: model.get(name) for name in IDENTITY}}
+    now = {"form": dataset.form, "model": {name: model.get(name) for name in (*IDENTITY, *UNASKED)}}
     path = folder / RUN
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,11 +176,19 @@ def go_on_with(folder: Path, dataset: Dataset, model: Mapping[str, Any]) -> None
     except (OSError, ValueError) as exc:
         raise AskFailed(f"cannot keep the run in {folder} ({exc}): choose another --out") from exc
     for name, value in now.items():
-        if before.get(name) != value:
+        if not agree(before.get(name), value):
             raise AskFailed(
                 f"{folder} has answers of another {name} ({json.dumps(before.get(name))}, now {json.dumps(value)}): "
                 "choose another --out"
             )
+
+
+def agree(before: Any, now: Any) -> bool:
+    """Whether `now` is all that was told before. An older version, or an older service, told less of its model."""
+    if not isinstance(now, Mapping) or not isinstance(before, Mapping):
+        return bool(before == now)
+    told = {name: value for name, value in before.items() if value is not None or name == "card"}
+    return "id" in told and all(now.get(name) == value for name, value in told.items())
 
 
 def _has_answers(folder: Path) -> bool:

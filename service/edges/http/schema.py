@@ -868,6 +868,10 @@ class Model(BaseModel):
     owned_by: str = "glimpse"
     card: str | None = Field(None, description="The name of the models, if the id is a variant's.")
     fingerprint: str = Field(description="Of the vision encoder's weights.")
+    visual_fingerprint: str = Field(description="Of all weights up to an image's visual tokens.")
+    language_fingerprint: str | None = Field(
+        None, description="Of the LLM, the prompt and the tokenizers. Left out if an older build did not tell it."
+    )
     precision: str = Field(
         description="Precision of the models' computation: fp32, bf16, int8, int4; fp16 or fp8 on a GPU."
     )
@@ -912,6 +916,8 @@ class Model(BaseModel):
             id=card.name,
             created=created,
             fingerprint=card.fingerprint,
+            visual_fingerprint=card.visual_fingerprint,
+            language_fingerprint=card.language_fingerprint or None,
             precision=card.precision,
             allocator_trained=card.allocator_trained,
             allocator=card.allocator or ("trained" if card.allocator_trained else "fixed"),

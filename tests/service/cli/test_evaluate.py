@@ -23,6 +23,7 @@ from tests.support.fakes import CLOSER, House, png
 from tests.support.paths import SCENES
 from tests.support.servers import Gateway, eventually
 
+TOLD = replace(CLOSER, language_fingerprint="l")
 COMMAND = [sys.executable, "-c", "from service.cli.main import main; main()", "eval"]
 
 
@@ -145,10 +146,36 @@ def test_answers_to_something_else_are_never_taken(change, server, folder):
     assert (status, "answer to another question or with other options for line 1" in told) == (1, True)
 
 
-def test_answers_of_another_model_are_never_taken(server, folder):
+@pytest.mark.parametrize("server", [TOLD], indirect=True)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": "another"},
+        {"visual_fingerprint": "another"},  # as with --allocator
+        {"language_fingerprint": "another"},
+        {"default_vision_tokens": (96, 192)},
+        {"closer_view_at": 0.9},
+        {"fit": "pad"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_answers_of_another_model_are_never_taken(server, folder, change):
     assert evaluate(folder, server.url)[0] == 0
-    with serving(House(replace(CLOSER, fingerprint="another"))) as other:
+    with serving(House(replace(TOLD, **change))) as other:
         status, _, told = evaluate(folder, other.url)
+    assert (status, "has answers of another model" in told) == (1, True)
+    assert evaluate(folder, server.url)[0] == 0
+
+
+def test_a_run_of_an_older_version_goes_on_if_all_agrees_that_it_told(server, folder):
+    assert evaluate(folder, server.url)[0] == 0
+    run_file = folder.parent / "out" / "run.json"
+    noted = json.loads(run_file.read_text())
+    older = {name: noted["model"][name] for name in ("id", "card", "fingerprint", "precision")}
+    run_file.write_text(json.dumps(noted | {"model": older}))
+    assert evaluate(folder, server.url)[0] == 0
+    run_file.write_text(json.dumps(noted | {"model": older | {"precision": "int8"}}))
+    status, _, told = evaluate(folder, server.url)
     assert (status, "has answers of another model" in told) == (1, True)
 
 

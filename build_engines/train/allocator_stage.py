@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from build_engines.model import fingerprint
 from build_engines.model.allocation import CELL_COUNT
 from build_engines.model.knowing import mean_meaning
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
 from build_engines.scenes.questions import TYPES
 from build_engines.scenes.world import SMALL_PRINT, WIDE, WIDE_SMALL_PRINT, World
-from build_engines.train import replicas
+from build_engines.train import keeping, replicas
 from build_engines.train.architecture import QUERIES
 from build_engines.train.course import Course, Measures
 from build_engines.train.evaluation import Arm, Chain, Exam, answer, held_out_exam, summarise
@@ -73,7 +74,8 @@ def train_allocator(plan: Plan) -> None:
     plain = LookStore(eye, PLAIN, False, (5, replicas.rank(), 0))
     close = LookStore(eye, CLOSE, True, (5, replicas.rank(), 1))
     stored = (START_PLAIN, START_CLOSE) if plan.start else (STORED_PLAIN, STORED_CLOSE)
-    fill(plan, {"plain": (plain, plan.size(stored[0], 4)), "close": (close, plan.size(stored[1], 2))})
+    sizes = {"plain": (plain, plan.size(stored[0], 4)), "close": (close, plan.size(stored[1], 2))}
+    fill(plan, sizes, fingerprint.of_modules(looking.model.vision_model))
     images, close_images = plan.size(IMAGES_PLAIN, 3), plan.size(IMAGES_CLOSE, 2)
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
@@ -156,20 +158,20 @@ def measured(looking: Looking, store: LookStore, scenes: int, closely: bool) -> 
     return Curves.joined(parts)
 
 
-def fill(plan: Plan, stores: dict[str, tuple[LookStore, int]]) -> None:
+def fill(plan: Plan, stores: dict[str, tuple[LookStore, int]], encoder: str) -> None:
     """Load looks of an earlier start of the same run, or encode new ones, which takes minutes.
 
-    Looks renewed since then are lost.
+    encoder: names its weights; looks of others are not loaded. Looks renewed since then are lost.
     """
     path = plan.out / f"looks_{replicas.rank()}.pt"
-    if path.exists():
-        saved = torch.load(path, map_location=device(), weights_only=False)
+    key = f"{encoder} {[size for _, size in stores.values()]}"
+    if (saved := keeping.load(path, key)) is not None:
         for name, (store, _) in stores.items():
             store.load(saved[name])
         return
     for store, size in stores.values():
         store.fill(size, 4 if size % 4 == 0 else 1)
-    torch.save({name: store.state() for name, (store, _) in stores.items()}, path)
+    keeping.save(path, key, {name: store.state() for name, (store, _) in stores.items()})
 
 
 SHORT = {NEW: "new", PAIRS: "pairs", SMALL: "small"}

@@ -75,7 +75,9 @@ def start(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in START:
         if (source / name).exists() and not (target / name).exists():
-            shutil.copyfile(source / name, target / name)
+            partial = (target / name).with_suffix(".partial")
+            shutil.copyfile(source / name, partial)
+            os.replace(partial, target / name)
 
 
 def steps_of(run: Path) -> int:

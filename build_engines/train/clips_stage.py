@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import OPTForCausalLM
 
+from build_engines.model import fingerprint
 from build_engines.model.allocation import CELL_COUNT, MOST_TOKENS
 from build_engines.model.clip import ClipResampler
 from build_engines.model.clip_allocation import POSITIONS, ClipAllocation
@@ -33,7 +34,7 @@ from build_engines.scenes.clips import Story, ask_story, draw_story
 from build_engines.scenes.questions import Question
 from build_engines.scenes.several import ask_groups, draw_groups
 from build_engines.scenes.world import Thing, World
-from build_engines.train import replicas
+from build_engines.train import keeping, replicas
 from build_engines.train.architecture import QUERIES
 from build_engines.train.clip_store import (
     CLIP_WEIGHTS,
@@ -159,7 +160,7 @@ def train_clips(plan: Plan) -> None:
     course.resume()
     if course.finished:
         return
-    shelves = Shelves(plan, frozen)
+    shelves = Shelves(plan, frozen, fingerprint.of_modules(model.vision_model, allocator, frozen.qformer))
     symbols = Symbols(fitted_symbols(plan, language.config.hidden_size).requires_grad_(False), events)
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:
@@ -242,13 +243,14 @@ def fitted_symbols(plan: Plan, width: int) -> SlotTable:
     if plan.start is None or (plan.out / "language.pt").exists():
         table.load_state_dict(plan.finished("language")["table"])
         return table
-    path = plan.out / "clips_symbols.pt"
-    if path.exists():
-        table.load_state_dict(torch.load(path))
+    path, published = plan.out / "clips_symbols.pt", plan.published()
+    key = f"{published.visual_fingerprint()} {width}"
+    if (saved := keeping.load(path, key)) is not None:
+        table.load_state_dict(saved)
         return table
-    fit_table(table, said_by(plan.published(), plan))
+    fit_table(table, said_by(published, plan))
     if replicas.rank() == 0:
-        torch.save(table.state_dict(), path)
+        keeping.save(path, key, table.state_dict())
     return table
 
 
@@ -264,20 +266,24 @@ def learn_groups(watcher: Watcher, groups: list[Prefixed]) -> tuple[Tensor, Meas
 class Shelves:
     """What is kept: clips by their frames, and groups of four images."""
 
-    def __init__(self, plan: Plan, frozen: Frozen) -> None:
+    def __init__(self, plan: Plan, frozen: Frozen, weights: str) -> None:
+        """weights: names those of `frozen`. What others said is not loaded."""
+
         def world(rng: np.random.Generator) -> World:
             return WORLDS[int(rng.integers(len(WORLDS)))]
 
         self.clips = Shelf(lambda rng, frames: look_at_clip(frozen, rng, world(rng), frames), DRAWN_FRAMES)
         self.groups = Shelf(lambda rng, _: look_at_four(frozen, rng, world(rng)), {4: 1.0})
         path = plan.out / f"clips_kept_{replicas.rank()}.pt"
-        if path.exists():
-            self.clips.kept, self.groups.kept = torch.load(path, weights_only=False)
+        clips, groups = plan.size(STORED_CLIPS, 4), plan.size(STORED_GROUPS, 4)
+        key = f"{weights} {clips} {groups}"
+        if (saved := keeping.load(path, key)) is not None:
+            self.clips.kept, self.groups.kept = saved
             return
         rng = np.random.default_rng((9, replicas.rank()))
-        self.clips.fill(rng, plan.size(STORED_CLIPS, 4), "clips of")
-        self.groups.fill(rng, plan.size(STORED_GROUPS, 4), "groups of")
-        torch.save((self.clips.kept, self.groups.kept), path)
+        self.clips.fill(rng, clips, "clips of")
+        self.groups.fill(rng, groups, "groups of")
+        keeping.save(path, key, (self.clips.kept, self.groups.kept))
 
 
 class Exams:

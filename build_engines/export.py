@@ -27,7 +27,7 @@ from torch.export import Dim, ShapesCollection
 from build_engines.model.allocation import CELL_COUNT, PATCH_COUNT
 from build_engines.model.checkpoint import QUERIES, Checkpoint
 from build_engines.model.clip import CARD
-from build_engines.replacing import is_replaceable
+from build_engines.replacing import why_not
 from build_engines.repository import (
     CLIP_GRAPH,
     CLIP_LLM,
@@ -429,9 +429,9 @@ def export(source: Path | str, repository: Path, write: Callable[[Graph, Path], 
 
 
 def require_replaceable(repository: Path) -> None:
-    """Raises ValueError if the folder is neither empty nor a repository, because an export replaces all of it."""
-    if not is_replaceable(repository):
-        raise ValueError(f"{repository} is not a model repository and is not empty: choose another folder")
+    """Raises ValueError if an export cannot replace the folder as a whole."""
+    if why := why_not(repository):
+        raise ValueError(why)
 
 
 def weights_bytes(path: Path) -> int:

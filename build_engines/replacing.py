@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,14 @@ def replacing(out: Path) -> Iterator[Path]:
     out = out.resolve()  # a link stays a link
     fresh, old = _beside(out, "new"), _beside(out, "old")
     shutil.rmtree(fresh, ignore_errors=True)
-    yield fresh
-    if out.exists():
-        out.rename(old)
-    fresh.rename(out)
+    try:
+        yield fresh
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -35,9 +40,20 @@ def recover(out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def is_replaceable(out: Path) -> bool:
-    """Whether the folder is missing, empty or a repository, so that a replacement destroys nothing else."""
-    return not out.exists() or (out / "card.json").exists() or not any(out.iterdir())
+def why_not(out: Path) -> str:
+    """Return why a folder cannot be replaced, with what to do; empty if it can.
+
+    It must be missing, empty or a repository, so that nothing else is destroyed, and it must be possible to rename it.
+    """
+    if out.exists() and not (out / "card.json").exists() and any(out.iterdir()):
+        return f"{out} is not a model repository and is not empty: choose another folder"
+    whole = out.resolve()
+    if whole.is_mount():
+        return f"{out} is where a volume is mounted, and cannot be renamed: choose a folder in it"
+    there = next(parent for parent in whole.parents if parent.exists())
+    if not os.access(there, os.W_OK):
+        return f"{there} cannot be written, and a repository is made there to take its place: choose another folder"
+    return ""
 
 
 def _beside(out: Path, what: str) -> Path:

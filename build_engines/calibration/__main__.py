@@ -90,6 +90,7 @@ def own_material(chain: Chain, questions: Path, folder: Path | None, kept: Path)
     """Ask the questions of a file, and about the foreign images of a folder. Files that cannot be used are told, and
     listed beside `kept`. Raises ValueError if no question, or no file of the folder, can be used."""
     skipped: dict[str, str] = {}
+    (kept.parent / left_out.FILE).unlink(missing_ok=True)  # of an earlier run
     pictures = list(told(questions, skipped))
     files = {} if folder is None else read_files(folder, skipped)
     found = collected(chain, pictures, files, kept, skipped)

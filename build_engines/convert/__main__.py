@@ -32,7 +32,7 @@ from build_engines.convert.pictures import digest_of
 from build_engines.convert.plan import Step, plan, told
 from build_engines.convert.run import is_done, publish, run
 from build_engines.convert.source import Source, file_digest
-from build_engines.replacing import is_replaceable, recover
+from build_engines.replacing import recover, why_not
 from service.core import tensors
 
 SERVING_CODE = (
@@ -143,9 +143,9 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 
 def check_out(out: Path) -> None:
-    """Raises Refused if OUT is not empty and not a repository, because a build replaces all of it."""
-    if not is_replaceable(out):
-        raise Refused(f"{out} is not a model repository and is not empty: choose another --out")
+    """Raises Refused if a build cannot replace OUT as a whole."""
+    if why := why_not(out):
+        raise Refused(why)
 
 
 def code_files() -> list[Path]:

@@ -51,5 +51,15 @@ def digest_of(folder: Path) -> str:
     if not folder.is_dir():
         raise Refused(f"--images {folder} is not a folder: give one with images")
     read = [*images_below(folder), *(path for path in [folder / QUESTIONS] if path.exists())]
-    told = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}" for path in read]
+    told = [f"{path.relative_to(folder).as_posix()} {_digest(path)}" for path in read]
     return blake3("\n".join(told).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    """Digest a file; an image that cannot be read is left out later."""
+    try:
+        return file_digest(path)
+    except OSError as exc:
+        if path.name == QUESTIONS:
+            raise Refused(f"{path} cannot be read: {exc.strerror}") from exc
+        return "unreadable"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from build_engines.export import export
+from build_engines.replacing import replacing, why_not
 from build_engines.repository import GRAPHS, Dimensions, write_repository
 
 
@@ -62,3 +63,26 @@ def test_a_folder_that_is_no_repository_is_not_replaced_by_an_export(tmp_path: P
     with pytest.raises(ValueError, match="is not a model repository and is not empty"):
         export(tmp_path / "checkpoint", tmp_path)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_folder_that_cannot_be_renamed_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "engines"
+    assert why_not(out) == ""
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    assert "is where a volume is mounted" in why_not(out)
+    monkeypatch.undo()
+    monkeypatch.setattr("build_engines.replacing.os.access", lambda path, _: path != tmp_path)
+    assert why_not(out / "a" / "b").startswith(f"{tmp_path} cannot be written")
+
+
+def test_a_replacement_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    out = tmp_path / "engines"
+    out.mkdir()
+    (out / "card.json").write_text("old")
+    with pytest.raises(OSError, match="disk full"), replacing(out) as fresh:
+        fresh.mkdir()
+        raise OSError("disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
+    assert (out / "card.json").read_text() == "old"

@@ -80,9 +80,12 @@ class Guiding:
             return
         while (sequence := self._next()) is not None:
             try:
-                if sequence.sampling.guide is not None and not sequence.cancelled:
-                    require_small(sequence.sampling.guide)  # clients of Triton send their own
-                    sequence.guide = guides.compile(sequence.sampling.guide)
+                guide = sequence.sampling.guide
+                if guide is not None and not sequence.cancelled and (known := guides.known(guide)) is not None:
+                    sequence.guide = known
+                elif guide is not None and not sequence.cancelled:
+                    require_small(guide)  # clients of Triton send their own
+                    sequence.guide = guides.compile(guide)
                 self._submit(sequence)
             except Exception as error:  # whatever it was, it ends this sequence and not the thread
                 self._refuse(sequence, error)

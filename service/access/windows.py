@@ -221,6 +221,7 @@ class SharedWindows(Windows):
         self._storage: RedisStorage = counters(url)
         self._lane = Lane(url, LANE_TIMEOUT_S)
         self._is_used = False  # from the first limit on
+        self._tellings = 0  # how often Redis was told of open requests, besides by a take
         self._told: dict[str, float] = {}  # buckets with open requests of ours in Redis, and when those stop counting
         metrics.quota_gateways.set(self.gateways)
 
@@ -248,6 +249,7 @@ class SharedWindows(Windows):
 
     async def _tell_open(self, buckets: Collection[str], *others: Command) -> list[Reply] | None:
         """Tell Redis the open requests of these buckets, after other commands -> the replies; None without Redis."""
+        self._tellings += 1
         before = {bucket: self._told.pop(bucket) for bucket in buckets if bucket in self._told}
         for bucket in buckets:
             if self._open[bucket]:
@@ -277,7 +279,7 @@ class SharedWindows(Windows):
         self._open[bucket] += 1  # from now on, so that no heartbeat says less
         if self._tier.in_use:
             self._told[bucket] = self._clock() + self._lease_s
-        taken = False
+        taken, tellings = False, self._tellings
         try:
             asked = command(TAKE, open_key(bucket), self._me, self._open[bucket], self._lease_s, most)
             replies = await self._ask(self._replies(asked))
@@ -285,6 +287,8 @@ class SharedWindows(Windows):
         finally:
             if not taken:
                 super().leave(bucket)
+        if not taken and self._tellings != tellings:  # Redis was told of it meanwhile
+            await self._tell_open([bucket])
         return taken
 
     def leave(self, bucket: str) -> Later:

@@ -113,6 +113,7 @@ class Fleet:
         self._running = {name: self._read(variant) for name, variant in variants.variants.items()}
         self._joining: dict[str, Running] = {}  # new ones that do not answer questions yet
         self._wanted: Variants | None = None  # whose weights are not all in use yet
+        self._waits = False  # with them, and the log says why
         self._ending: list[Running] = []
         metrics.ready.set_function(lambda: self.ready)
 
@@ -271,16 +272,22 @@ class Fleet:
     def _settle(self) -> None:
         """Let new variants join, and then use the weights that are wanted, and let go of what is not.
 
-        As long as new ones have yet to join, the others go on if nobody else would answer.
+        Who answers goes on as long as nobody who is to get questions does.
         """
         self._join()
         if (wanted := self._wanted) is None:
             return
-        stay = [each for name, each in self._running.items() if name in wanted.variants]
-        if self._joining and not any(
-            each.pool.answers and not wanted.variants[each.variant.name].is_draining for each in stay
-        ):
+        takers = wanted.weighing or {name for name, each in wanted.variants.items() if not each.is_draining}
+        taken = any(each.pool.answers for name, each in self._running.items() if name in takers)
+        answers = any(each.pool.answers and not each.variant.is_draining for each in self._running.values())
+        if not taken and (self._joining or answers):
+            if answers and not self._waits:
+                log.warning(
+                    "variants_wait", reason="none that is to get questions answers", in_use=",".join(self._running)
+                )
+            self._waits = answers
             return
+        self._waits = False
         if not self._joining:
             self._wanted = None
         for name, running in list(self._running.items()):

@@ -81,8 +81,13 @@ def test_a_replacement_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     out = tmp_path / "engines"
     out.mkdir()
     (out / "card.json").write_text("old")
-    with pytest.raises(OSError, match="disk full"), replacing(out) as fresh:
-        fresh.mkdir()
-        raise OSError("disk full")
+
+    def write() -> None:
+        with replacing(out) as fresh:
+            (fresh / "llm").mkdir(parents=True)
+            (fresh / "nowhere" / "card.json").write_text("new")
+
+    with pytest.raises(FileNotFoundError):
+        write()
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
     assert (out / "card.json").read_text() == "old"

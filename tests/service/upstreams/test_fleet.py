@@ -141,10 +141,12 @@ async def test_a_change_that_is_taken_back_leaves_what_was_there(tmp_path: Path,
         assert fleet.ready
 
 
-@pytest.mark.parametrize("how", ["drained", "removed"])
+@pytest.mark.parametrize("how", ["drained", "removed", "without weight"])
 async def test_the_last_variant_that_answers_goes_on_until_its_successor_joins(
-    tmp_path: Path, repository: Path, how: str
+    tmp_path: Path, repository: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The successor loads its models for longer than a new variant waits."""
+    monkeypatch.setattr(fleet_module, "JOIN_S", 0.05)
     store = VariantsFile(tmp_path / "variants.json")
     await store.change(lambda _: Variants({"stable": variant("stable", repository)}))
     async with running(store) as fleet:
@@ -153,14 +155,23 @@ async def test_the_last_variant_that_answers_goes_on_until_its_successor_joins(
 
         def changed(before: Variants) -> Variants:
             after = before.added(variant("next", repository))
+            if how == "without weight":
+                return after.weighted({"stable": 0, "next": 1})
             return after.drained("stable") if how == "drained" else after.without("stable")
 
-        await store.change(changed)
-        await until(lambda: new.is_open)
-        await asyncio.sleep(2 * LOOK_INTERVAL_S)
-        assert fleet.names == ["stable"]
+        with capture_logs() as lines:
+            await store.change(changed)
+            await until(lambda: {"variant_does_not_answer", "variants_wait"} <= {line["event"] for line in lines})
+            await asyncio.sleep(2 * LOOK_INTERVAL_S)
+        assert [line["event"] for line in lines].count("variants_wait") == 1
         assert fleet.ready
+        assert [(each.weight, each.is_draining) for each in fleet.models.models if each.variant == "stable"] == [
+            (1, False)
+        ]
         new.probe_fault = None
+        if how == "without weight":
+            await until(lambda: [each.weight for each in fleet.models.models] == [0, 1])
+            return
         await until(lambda: fleet.names == ["next"])
         assert fleet.ready
         if how == "removed":

@@ -26,6 +26,8 @@ def replacing(out: Path) -> Iterator[Path]:
             out.rename(old)
         fresh.rename(out)
     except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -255,9 +255,12 @@ class SharedWindows(Windows):
             if self._open[bucket]:
                 self._told[bucket] = self._clock() + self._lease_s
         held = (command(HOLD, open_key(bucket), self._me, self._open[bucket], self._lease_s) for bucket in buckets)
-        replies = await self._ask(self._replies(*others, *held))
-        if replies is None:  # it may still say what it said before
-            self._told = before | self._told
+        replies = None
+        try:
+            replies = await self._ask(self._replies(*others, *held))
+        finally:
+            if replies is None:  # it may still say what it said before
+                self._told = before | self._told
         return replies
 
     async def hit(self, bucket: str, unit: str, limit: int, cost: int) -> Hit:

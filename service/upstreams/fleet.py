@@ -7,6 +7,7 @@ Tritons that only GLIMPSE_VISION_URL and GLIMPSE_LLM_URL name are one variant wi
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -114,6 +115,7 @@ class Fleet:
         self._joining: dict[str, Running] = {}  # new ones that do not answer questions yet
         self._wanted: Variants | None = None  # whose weights are not all in use yet
         self._waits = False  # with them, and the log says why
+        self._answered_at = -math.inf  # by the monotonic clock, while something is wanted
         self._ending: list[Running] = []
         metrics.ready.set_function(lambda: self.ready)
 
@@ -272,15 +274,16 @@ class Fleet:
     def _settle(self) -> None:
         """Let new variants join, and then use the weights that are wanted, and let go of what is not.
 
-        Who answers goes on as long as nobody who is to get questions does.
+        Who answers goes on as long as nobody who is to get questions does, and for JOIN_S after a last answer.
         """
         self._join()
         if (wanted := self._wanted) is None:
             return
         takers = wanted.weighing or {name for name, each in wanted.variants.items() if not each.is_draining}
         taken = any(each.pool.answers for name, each in self._running.items() if name in takers)
-        answers = any(each.pool.answers and not each.variant.is_draining for each in self._running.values())
-        if not taken and (self._joining or answers):
+        if answers := self._is_answered():
+            self._answered_at = time.monotonic()
+        if not taken and (self._joining or time.monotonic() - self._answered_at < JOIN_S):
             if answers and not self._waits:
                 log.warning(
                     "variants_wait", reason="none that is to get questions answers", in_use=",".join(self._running)
@@ -298,12 +301,19 @@ class Fleet:
         before = {model.variant: (model.weight, model.is_draining) for model in self.models.models}
         self._publish(wanted.sticky)
         if before != {model.variant: (model.weight, model.is_draining) for model in self.models.models}:
-            log.info("variants_in_use", **{name: each.variant.weight for name, each in self._running.items()})
+            weights = " ".join(f"{name}={each.variant.weight:g}" for name, each in self._running.items())
+            log.info("variants_in_use", weights=weights)
+
+    def _is_answered(self) -> bool:
+        """Whether questions without a variant's name are answered, as the weights are now."""
+        getting = [each for each in self._running.values() if not each.variant.is_draining]
+        getting = [each for each in getting if each.variant.weight > 0] or getting
+        return any(each.pool.answers for each in getting)
 
     def _join(self) -> None:
         """Let new variants answer whose Tritons do. One without any joins after JOIN_S nevertheless: it tells why.
 
-        It takes the place of an older one of its name. While that answers, it goes on until the new one answers too.
+        One that takes the place of an older one joins when it answers. It has the other's weight until `_settle`.
         """
         now = time.monotonic()
         for name, each in list(self._joining.items()):
@@ -313,9 +323,11 @@ class Fleet:
                     each.is_late = True
                     faults = ", ".join(f"{address}: {fault}" for address, fault in each.pool.faults().items())
                     log.warning("variant_does_not_answer", variant=name, seconds=JOIN_S, faults=faults)
-                if not is_late or (old is not None and old.pool.answers):
+                if not is_late or old is not None:
                     continue
             del self._joining[name]
+            weight, is_draining = (0.0, False) if old is None else (old.variant.weight, old.variant.is_draining)
+            each.variant = replace(each.variant, weight=weight, is_draining=is_draining)
             self._begin(each)
             if old is not None:
                 self._ending.append(old)

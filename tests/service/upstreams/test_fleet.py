@@ -65,7 +65,7 @@ async def running(store: VariantsFile | VariantsInRedis) -> AsyncIterator[FakeFl
     )
     work = asyncio.create_task(fleet.run())
     try:
-        await until(lambda: fleet.ready)
+        await until(lambda: fleet.ready and all(each.pool.answers for each in fleet.running.values()))
         yield fleet
     finally:
         work.cancel()
@@ -178,6 +178,56 @@ async def test_the_last_variant_that_answers_goes_on_until_its_successor_joins(
             await until(lambda: not fleet.tritons[PORTS["stable"]].is_open)
         else:
             assert fleet.running["stable"] is old
+
+
+async def test_a_new_variant_that_does_not_answer_gets_no_questions(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that answers has no weight, so it gets all questions."""
+    monkeypatch.setattr(fleet_module, "JOIN_S", 0.05)
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: Variants({"stable": variant("stable", repository, 0)}))
+    async with running(store) as fleet:
+        fleet.client(None, PORTS["next"]).probe_fault = Unavailable("it loads its models")
+        await store.change(lambda before: before.added(variant("next", repository, 100)))
+        await until(lambda: fleet.names == ["stable", "next"])
+        assert [model.weight for model in fleet.models.models] == [0, 0]
+        fleet.tritons[PORTS["next"]].probe_fault = None
+        await until(lambda: [model.weight for model in fleet.models.models] == [0, 100])
+
+
+async def test_a_moment_without_an_answer_does_not_end_the_wait_for_a_successor(
+    tmp_path: Path, repository: Path
+) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: two(repository))
+    async with running(store) as fleet:
+        stable, following = (fleet.tritons[PORTS[name]] for name in ("stable", "next"))
+        following.probe_fault = Unavailable("it is down")
+        await until(lambda: not fleet.running["next"].pool.answers)
+        with capture_logs() as lines:
+            await store.change(lambda before: before.without("stable"))
+            await until(lambda: [line for line in lines if line["event"] == "variants_wait"])
+        stable.probe_fault = Unavailable("one probe fails")
+        await until(lambda: not fleet.running["stable"].pool.answers)
+        await asyncio.sleep(2 * LOOK_INTERVAL_S)
+        stable.probe_fault = None
+        await until(lambda: fleet.ready)
+        assert "stable" in fleet.names
+
+
+async def test_a_variant_that_gets_no_questions_is_removed_though_the_others_are_down(
+    tmp_path: Path, repository: Path
+) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    named = {name: variant(name, repository, weight) for name, weight in (("stable", 100), ("next", 0))}
+    await store.change(lambda _: Variants(named))
+    async with running(store) as fleet:
+        await until(lambda: not fleet.degraded)
+        fleet.tritons[PORTS["stable"]].probe_fault = Unavailable("it is down")
+        await until(lambda: not fleet.running["stable"].pool.answers)
+        await store.change(lambda before: before.without("next"))
+        await until(lambda: fleet.names == ["stable"])
 
 
 async def test_a_variant_that_is_gone_ends_though_its_triton_hangs(tmp_path: Path, repository: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_folder_that_is_no_repository_is_not_replaced(
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     assert build.main([str(tiny), "--out", str(tmp_path)]) == 2
-    assert "not empty: choose another --out" in capsys.readouterr().err
+    assert "is not empty: choose another folder" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").exists()
 
 

@@ -274,7 +274,8 @@ class Fleet:
     def _settle(self) -> None:
         """Let new variants join, and then use the weights that are wanted, and let go of what is not.
 
-        Who answers goes on as long as nobody who is to get questions does, and for JOIN_S after a last answer.
+        Nothing changes while variants answer, and none of those that are to get questions does. A Triton may fail for a
+        moment, so this holds for JOIN_S after the last answer.
         """
         self._join()
         if (wanted := self._wanted) is None:

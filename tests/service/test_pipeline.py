@@ -663,13 +663,17 @@ async def test_images_that_questions_look_at_are_within_the_limit_of_the_store()
     await house.keep_image(padded((9, 9, 9)))
 
 
-async def test_one_tenants_questions_hold_their_share_of_the_images_in_memory():
-    size = PADDED + IMAGE_ENTRY_BYTES
-    house = House(image_store_bytes=4 * size, max_image_bytes=PADDED)
-    kept = []
+async def full_of_one_tenants_images() -> tuple[House, list[str]]:
+    """A service whose memory holds four images of the tenant a -> it, and their ids."""
+    house, kept = House(image_store_bytes=4 * (PADDED + IMAGE_ENTRY_BYTES), max_image_bytes=PADDED), list[str]()
     for shade in range(4):
         with house.pipeline.reservation("a") as reservation:
             kept.append((await house.pipeline.keep_image(padded((shade, 0, 0)), reservation)).id)
+    return house, kept
+
+
+async def test_one_tenants_questions_hold_their_share_of_the_images_in_memory():
+    house, kept = await full_of_one_tenants_images()
     house.language.wait_at = 1
     house.language.gate.clear()
     asking = [asyncio.create_task(answer(house, request(image=kept[each], tenant="a"))) for each in (0, 0, 1, 2)]
@@ -684,12 +688,7 @@ async def test_one_tenants_questions_hold_their_share_of_the_images_in_memory():
 
 
 async def test_one_request_alone_may_look_at_all_images_of_its_tenant():
-    size = PADDED + IMAGE_ENTRY_BYTES
-    house = House(image_store_bytes=4 * size, max_image_bytes=PADDED)
-    kept = []
-    for shade in range(4):
-        with house.pipeline.reservation("a") as reservation:
-            kept.append((await house.pipeline.keep_image(padded((shade, 0, 0)), reservation)).id)
+    house, kept = await full_of_one_tenants_images()
     text, end = await answer(house, request(images=tuple(kept), tenant="a"))
     assert (text, end.image_ids) == ("red", tuple(kept))
     assert (await answer(house, request(images=(kept[0], kept[0]), tenant="a")))[1].image_ids == (kept[0], kept[0])

@@ -435,6 +435,23 @@ async def test_a_take_that_was_cancelled_holds_no_place(redis_server):
         await eventually_async(lambda: two.house.quotas.windows.take("tenant/acme", 1), SOON_S, "the place is free")
 
 
+async def test_a_take_that_is_refused_while_a_heartbeat_tells_of_it_is_corrected_at_once(redis_server):
+    async with calling(redis_url=redis_server.url) as caller:
+        crowded, other = (shared_windows(caller, redis_server, lease_s=60) for _ in range(2))
+        lanes = [asyncio.create_task(each.run()) for each in (crowded, other)]
+        assert await other.take("tenant/acme", 1)
+        taken, _ = await asyncio.gather(crowded.take("tenant/acme", 1), crowded.beat())
+        assert not taken
+        (told,) = redis_server.client.hgetall("glimpse:quota:held:{tenant/acme}")  # the other's alone
+        rest = other.leave("tenant/acme")
+        assert rest is not None
+        await rest()
+        assert await other.take("tenant/acme", 1)
+        assert redis_server.client.hgetall("glimpse:quota:held:{tenant/acme}").keys() == {told}
+        for lane in lanes:
+            await cancelled(lane)
+
+
 async def test_a_user_of_redis_without_the_commands_has_its_part_and_keeps_the_cache(redis_server):
     """The commands are refused, and the connection is in order: features are still shared."""
     redis_server.client.execute_command(

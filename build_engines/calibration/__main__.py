@@ -122,7 +122,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("repository", type=Path, help="model repository of the profile embedded")
     found.add_argument("--checkpoint", type=Path, help="directory of the checkpoint that it was built from")
     found.add_argument("--questions", type=Path, help="held-out questions as JSON lines [rendered scenes]")
-    found.add_argument("--foreign", type=Path, help="folder of images of no world that the model knows")
+    found.add_argument(
+        "--foreign", type=Path, help="folder of out-of-distribution images, which show nothing that the model knows"
+    )
     found.add_argument("--words", type=Path, help="JSON with names, presence and denials [those of the scenes]")
     found.add_argument(
         "--kept", type=Path, default=KEPT, help="folder of what a run that was stopped has asked [%(default)s]"

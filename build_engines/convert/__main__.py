@@ -75,7 +75,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "checkpoint", help="directory or Hugging Face hub name of a BLIP-2, InstructBLIP or IDEFICS checkpoint"
     )
-    found.add_argument("--profile", choices=list(PRECISIONS), default="embedded", help="how the repository is served")
+    found.add_argument(
+        "--profile", choices=list(PRECISIONS), default="embedded", help="how the repository is served [%(default)s]"
+    )
     found.add_argument("--precision", choices=KNOWN, default="", help="[the profile's default]")
     found.add_argument("--out", type=Path, required=True, help="repository to write")
     found.add_argument(
@@ -89,22 +91,32 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--dry-run", action="store_true", help="print the steps and their commands, and do nothing")
     found.add_argument("--until", metavar="STEP", help="stop after this step, for example parity")
     found.add_argument("--images", type=Path, help="folder of images for calibration and parity [rendered scenes]")
-    found.add_argument("--calibration-images", type=int, default=512, help="number of images for FP8 calibration")
+    found.add_argument("--calibration-images", type=int, default=512, help="images for FP8 calibration [%(default)s]")
     found.add_argument("--agreement-questions", type=int, default=256,
-                       help="questions that compare the answers of a CPU precision with FP32's")  # fmt: skip
-    found.add_argument("--max-batch", type=int, default=8, help="maximum images in a batch")
-    found.add_argument("--opt-batch", type=int, default=4, help="batch size that plans are tuned for, in images")
-    found.add_argument("--run-in", choices=["docker", "here"], default="docker", help="where TensorRT is installed")
-    found.add_argument("--vision-image", default=VISION_IMAGE, help="Triton's image that serves the plans")
-    found.add_argument("--llm-image", default=LLM_IMAGE, help="Triton's image that serves the LLM")
-    found.add_argument("--mount", default="/models", help="path of the repository in the serving container")
-    found.add_argument("--tensor-parallel", type=int, default=llm.tensor_parallel, help="GPUs for one copy of the LLM")
-    found.add_argument("--llm-max-batch", type=int, default=llm.max_batch, help="sequences decoded at once")
-    found.add_argument("--llm-max-tokens", type=int, default=llm.max_tokens, help="tokens of a request, of all kinds")
+                       help="questions to compare a CPU precision's answers with FP32's [%(default)s]")  # fmt: skip
+    found.add_argument("--max-batch", type=int, default=8, help="most images in a batch [%(default)s]")
+    found.add_argument(
+        "--opt-batch", type=int, default=4, help="batch that plans are tuned for, in images [%(default)s]"
+    )
+    found.add_argument("--run-in", choices=["docker", "here"], default="docker",
+                       help="where TensorRT is installed [%(default)s]")  # fmt: skip
+    found.add_argument(
+        "--vision-image", default=VISION_IMAGE, help="Triton's image that serves the plans [%(default)s]"
+    )
+    found.add_argument("--llm-image", default=LLM_IMAGE, help="Triton's image that serves the LLM [%(default)s]")
+    found.add_argument(
+        "--mount", default="/models", help="the repository's path in the serving container [%(default)s]"
+    )
+    found.add_argument("--tensor-parallel", type=int, default=llm.tensor_parallel,
+                       help="GPUs for one copy of the LLM [%(default)s]")  # fmt: skip
+    found.add_argument("--llm-max-batch", type=int, default=llm.max_batch,
+                       help="sequences decoded at once [%(default)s]")  # fmt: skip
+    found.add_argument("--llm-max-tokens", type=int, default=llm.max_tokens,
+                       help="tokens of a request, of all kinds [%(default)s]")  # fmt: skip
     found.add_argument("--llm-max-visual-tokens", type=int, default=llm.max_visual_tokens,
-                       help="visual tokens of a request")  # fmt: skip
+                       help="visual tokens of a request [%(default)s]")  # fmt: skip
     found.add_argument("--kv-memory-fraction", type=float, default=llm.kv_memory_fraction,
-                       help="share of free GPU memory for the KV cache")  # fmt: skip
+                       help="share of free GPU memory for the KV cache [%(default)s]")  # fmt: skip
     found.add_argument("--no-kv-reuse", action="store_true", help="do not share the KV cache of equal prompt prefixes")
     return found
 

@@ -32,7 +32,10 @@ from service.core.frames import MAX_FRAMES, FrameSampling
 from service.media.clip_header import FILMS, clip_format, is_clip
 from service.media.formats import HAS_PDFIUM, is_pdf
 
-NO_PDFIUM = "drawing a page of a PDF needs pypdfium2, which is not installed here: run pip install 'glimpse[pdf]'"
+NO_PDFIUM = (
+    "drawing a page of a PDF needs pypdfium2, which is not installed here: run "
+    ".venv/bin/pip install -c constraints.txt -e '.[pdf]' in Glimpse's folder"
+)
 
 
 def ask(
@@ -106,10 +109,12 @@ def ask(
     ] = None,
     clients: Annotated[int, typer.Option(min=1, max=64, help="Questions of --batch asked at the same time.")] = 4,
 ) -> None:
-    """Ask a running service about images or videos, and print the answers as they come.
+    """Ask a running service about images or videos.
+
+    It prints the answers as they come.
 
     With several questions an image is sent once, and its features are computed once. Whether a file is a video, its
-    content says: a GIF or WebP that moves is one. An id is a video's with --frames or --sampling.
+    content says: a GIF or WebP that moves is one. With --frames or --sampling, an id names a video.
 
     \b
       glimpse ask photo.jpg "what colour is the small circle?"

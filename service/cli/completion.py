@@ -15,7 +15,7 @@ VARIABLE = "_GLIMPSE_COMPLETE"  # with it, the script asks the command itself wh
 def completion(
     shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell that reads it.")],
 ) -> None:
-    """Print the script that completes this command's words in a shell.
+    """Print a script that completes this command's words in a shell.
 
     \b
       source <(glimpse completion bash)                                          # in ~/.bashrc

@@ -131,7 +131,7 @@ class Row:
 
 def cost(
     prometheus: Annotated[
-        str, typer.Option(envvar="PROMETHEUS_URL", help="Address of the Prometheus that asks the service.")
+        str, typer.Option(envvar="PROMETHEUS_URL", help="Address of the Prometheus that scrapes the service.")
     ] = "http://127.0.0.1:9090",
     last: Annotated[
         str, typer.Option("--range", metavar="TIME", help="How far to look back, such as 90m, 24h or 30d.")
@@ -141,7 +141,9 @@ def cost(
     ] = None,
     form: Annotated[Literal["table", "json", "csv"], typer.Option("--format", help="How to print it.")] = "table",
 ) -> None:
-    """Show what each tenant and variant took and cost: answers, tokens, CPU and GPU seconds, money.
+    """Show what each tenant and variant took and cost.
+
+    It has answers, tokens, CPU and GPU seconds, and money.
 
     \b
     The row (service) is start, probes and idle time, which no tenant caused; (others) are tenants without metrics of

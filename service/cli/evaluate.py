@@ -46,7 +46,8 @@ def evaluate(
     split: Annotated[
         str | None,
         typer.Option(
-            help="Only this split of the scenes. `clips` and `several` (images) are asked only if named here."
+            help="Only this split of the scenes. `clips` and `several` (several images) are excluded by default: "
+            "name one to ask it."
         ),
     ] = None,
     frames: Annotated[
@@ -77,10 +78,11 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure the accuracy of a running service, by question type, with 95 % intervals.
+    """Measure the accuracy of a running service.
 
-    Without --dataset it asks about the committed held-out scenes. With it, it asks the questions of a public dataset's
-    files, or your own, and writes report.html, report.json and answers.jsonl.
+    The table is by question type, with 95 % intervals. Without --dataset it asks about the committed held-out scenes.
+    With it, it asks the questions of a public dataset's files, or your own, and writes report.html, report.json and
+    answers.jsonl.
 
     \b
       glimpse eval

@@ -54,10 +54,11 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [default: 8080].")] = None,
 ) -> None:
-    """Serve until Ctrl-C: start Triton with the models of model_repository/, and the gateway in front of it.
+    """Serve until Ctrl-C: Triton with the models, and the gateway.
 
     \b
-    All other settings are GLIMPSE_ variables (service/settings.py lists them), such as
+    The models are those of model_repository/, or of GLIMPSE_MODEL_REPOSITORY. All other settings are
+    GLIMPSE_ variables too (docs/settings.md lists them), such as
       GLIMPSE_LOG_FORMAT=json glimpse serve --port 9000
       GLIMPSE_VISION_URL=triton:8001 GLIMPSE_LLM_URL=triton:8001 glimpse serve     # a Triton that runs elsewhere
     """
@@ -72,12 +73,15 @@ def triton(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of gRPC.")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Triton's metrics.")] = 8002,
     pool: Annotated[
-        Literal["vision", "llm", "both"], typer.Option(help="What to serve: the vision models, the LLM, or both.")
+        Literal["vision", "llm", "both"],
+        typer.Option(help="Which models: those before the LLM (vision), the LLM (llm), or all."),
     ] = "both",
 ) -> None:
-    """Serve the models alone until Ctrl-C, for gateways elsewhere: start Triton and bring dead models back.
+    """Serve the models alone until Ctrl-C, for gateways elsewhere.
 
     \b
+    Starts Triton with the models of model_repository/, or of GLIMPSE_MODEL_REPOSITORY, and loads a model again
+    if its process dies. Gateways must have the same repository.
     Whoever reaches the port can ask the models, and only that: keep it in a network of your own.
       glimpse triton --host 0.0.0.0
       GLIMPSE_VISION_URL=triton:8001 GLIMPSE_LLM_URL=triton:8001 glimpse serve     # the gateway, elsewhere
@@ -95,43 +99,43 @@ app.command("eval")(evaluate)
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def train(context: typer.Context) -> None:
-    """Train the reference model from nothing: `glimpse train --help` lists the options. Needs PyTorch."""
+    """Train the reference model from nothing. Needs PyTorch. `glimpse train --help` lists the options."""
     become("build_engines.train", context.args, goal="build", needs="torch")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def build(context: typer.Context) -> None:
-    """Build a repository for Triton from a BLIP-2, InstructBLIP or IDEFICS checkpoint: `glimpse build --help`."""
+    """Build a repository for Triton from a checkpoint. `glimpse build --help` lists the options."""
     become("build_engines.convert", context.args, goal="build", needs="torch")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def adapt(context: typer.Context) -> None:
-    """Give a checkpoint an allocator of its own, from images and questions: `glimpse adapt --help`. Needs PyTorch."""
+    """Train an allocator for a checkpoint. Needs PyTorch. `glimpse adapt --help` lists the options."""
     become("build_engines.adapt", context.args, goal="build", needs="torch")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def calibrate(context: typer.Context) -> None:
-    """Fit how sure a repository's models are of their answers: `glimpse calibrate --help` lists the options."""
+    """Fit how sure a repository's models are of their answers. `glimpse calibrate --help` lists the options."""
     become("build_engines.calibration", context.args, goal="build", needs="sklearn")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Measure the service and other systems under load: `glimpse bench --help` lists the options."""
+    """Measure the service and other systems under load. `glimpse bench --help` lists the options."""
     become("benchmarks.bench", context.args, goal="bench", needs="litserve")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def verify(context: typer.Context) -> None:
-    """Check a repository's files and, if it is served, its answers: `glimpse verify --help` lists the options."""
+    """Check a repository's files and, if it is served, its answers. `glimpse verify --help` lists the options."""
     become("build_engines.verify", context.args, goal="build", needs="torch")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def ablate(context: typer.Context) -> None:
-    """Measure what each part of the relevance allocator is worth: `glimpse ablate --help` lists the options."""
+    """Measure what each part of the relevance allocator is worth. `glimpse ablate --help` lists the options."""
     become("benchmarks.ablate", context.args, goal="build", needs="torch")
 
 

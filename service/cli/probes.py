@@ -27,7 +27,7 @@ def health(
     triton: Triton = None,
     live: Annotated[bool, typer.Option("--live", help="Ask only whether the gateway's process answers.")] = False,
 ) -> None:
-    """Exit with 0 if the service is ready to answer, with 1 and the reason if not. Costs it next to nothing."""
+    """Exit with 0 if the service is ready, with 1 and why if not. It runs no model."""
     if triton is not None:
         triton_health(triton)
         return

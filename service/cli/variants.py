@@ -31,8 +31,8 @@ RedisUrl = Annotated[str | None, typer.Option(envvar="GLIMPSE_REDIS_URL", help="
 Name = Annotated[str, typer.Argument(help="The variant's name.")]
 
 app = typer.Typer(
-    help="Manage the variants of a service: named sets of models, each with its Tritons. Running gateways follow a "
-    "change within a second.",
+    help="Manage variants: named sets of models, each with its Tritons. Running gateways follow a change within a "
+    "second.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -90,7 +90,9 @@ def _impossible(wanted: Precision, cpu: Cpu, built: Collection[str], has_openvin
     if wanted in ("int8", "int4") and wanted not in built:
         return f"the repository has no {wanted} graphs: build it with `glimpse build ... --precision {wanted}`"
     if wanted == "bf16" and not has_openvino:
-        return "bf16 needs OpenVINO: install it with `pip install 'glimpse[openvino]'`"
+        return (
+            "bf16 needs OpenVINO: run `.venv/bin/pip install -c constraints.txt -e '.[openvino]'` in Glimpse's folder"
+        )
     if wanted == "bf16" and not cpu.bf16:
         return "this CPU has neither AMX nor AVX512-BF16: choose auto, fp32 or int8"
     return ""

@@ -85,8 +85,8 @@ def require_clip(data: bytes) -> ClipFormat:
         raise InvalidImage(f"{found_in(data, 'video')}; send {CLIP_NAMES}", param="video")
     if kind in FILMS and not HAS_PYAV:
         raise InvalidImage(
-            "MP4, MOV and WebM are read if the operator has run pip install 'glimpse[video]'; send an animated GIF or "
-            "WebP, or images as `frames`",
+            "MP4, MOV and WebM are read if the operator has run .venv/bin/pip install -c constraints.txt -e '.[video]' "
+            "in Glimpse's folder; send an animated GIF or WebP, or images as `frames`",
             param="video",
         )
     return kind

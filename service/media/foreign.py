@@ -55,7 +55,10 @@ VIDEOS = {
     "a WebM or Matroska video": "send it as a video",
     "an AVI video": "save it as MP4 and send it as a video",
 }
-PDF_ADVICE = "pages of PDFs are read if the operator has run pip install 'glimpse[pdf]'"
+PDF_ADVICE = (
+    "pages of PDFs are read if the operator has run .venv/bin/pip install -c constraints.txt -e '.[pdf]' in Glimpse's "
+    "folder"
+)
 
 
 def found_in(data: bytes, wanted: Wanted = "image") -> str:

@@ -15,7 +15,7 @@ from triton_models.engine import open_engine
 from triton_models.session import Graph
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed: pip install 'glimpse[openvino]'"
+    importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed: pip install -e '.[openvino]'"
 )
 
 NEAR = 0.03  # of the greatest value: BF16 has 8 significant bits, and a CPU without it computes in FP32

@@ -167,7 +167,8 @@ def test_a_pdf_is_not_drawn_without_its_reader(server, tmp_path, monkeypatch):
     monkeypatch.setattr("service.cli.ask.HAS_PDFIUM", False)
     asked = ("ask", str(document), "what colour?", "--url", server.url)
     status, _, told = run(*asked, "--page", "2", "--explain", str(tmp_path / "x.png"))
-    assert (status, "needs pypdfium2, which is not installed here: run pip install 'glimpse[pdf]'" in told) == (1, True)
+    assert status == 1
+    assert "needs pypdfium2, which is not installed here: run .venv/bin/pip install -c constraints.txt" in told
     assert not server.house.vision.calls
     assert run(*asked) == (0, "red\n", "")
 

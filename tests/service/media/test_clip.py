@@ -513,7 +513,7 @@ def test_few_frames_of_a_long_clip_can_be_chosen():
 def test_without_the_extra_a_film_is_refused_with_what_the_operator_installs(monkeypatch):
     monkeypatch.setattr(clip_header, "HAS_PYAV", False)
     for film_file in (MP4, WEBM):
-        with pytest.raises(InvalidImage, match=r"pip install 'glimpse\[video\]'; send an animated GIF") as caught:
+        with pytest.raises(InvalidImage, match=r"-e '\.\[video\]' in Glimpse's folder; send an animated GIF") as caught:
             decode_clip(film_file, LIMITS, 4)
         assert caught.value.param == "video"
     assert len(decode_clip(GIF, LIMITS, 4).frames) == 4

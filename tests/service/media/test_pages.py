@@ -168,7 +168,10 @@ def test_a_pdf_is_known_by_its_mark_and_has_no_size_before_it_is_opened():
 def test_without_the_extra_a_pdf_is_refused_with_what_the_operator_installs(monkeypatch):
     monkeypatch.setattr(formats, "HAS_PDFIUM", False)
     assert header_size(TWO) == (0, 0)  # it costs nothing
-    with pytest.raises(InvalidImage, match=r"PDF document .*pip install 'glimpse\[pdf\]'\); send PNG"):
+    with pytest.raises(
+        InvalidImage,
+        match=r"PDF document .*pip install -c constraints\.txt -e '\.\[pdf\]' in Glimpse's folder\); send PNG",
+    ):
         decode_page(TWO, LIMITS)
     assert found_in(TWO, "video") == "not a video that can be read: it looks like a PDF document"
 

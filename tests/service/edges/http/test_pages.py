@@ -185,7 +185,7 @@ async def test_without_the_extra_a_pdf_is_refused(monkeypatch, http):
     monkeypatch.setattr(formats, "HAS_PDFIUM", False)
     response = await http.post("/v1/vqa", json={"image": in_base64(PDF), "question": QUESTION, "page": 2})
     assert response.status_code == 400
-    assert "pip install 'glimpse[pdf]'" in response.json()["error"]["message"]
+    assert "pip install -c constraints.txt -e '.[pdf]'" in response.json()["error"]["message"]
     assert (await http.post("/v1/images", content=PDF)).status_code == 400
 
 

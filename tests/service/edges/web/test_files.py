@@ -290,9 +290,8 @@ async def test_a_service_without_pdfium_says_so(visit: Visit, monkeypatch: pytes
     await opened(visit)
     await visit.ask("what colour?")
     await visit.page.wait_for_selector(TROUBLE)
-    assert "pages of PDFs are read if the operator has run pip install 'glimpse[pdf]'" in await visit.page.inner_text(
-        "#trouble"
-    )
+    trouble = await visit.page.inner_text("#trouble")
+    assert "if the operator has run .venv/bin/pip install -c constraints.txt -e '.[pdf]'" in trouble
 
 
 @pytest.mark.parametrize(

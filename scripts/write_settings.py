@@ -84,9 +84,11 @@ def default_of(name: str) -> str:
 def values_of(name: str) -> str:
     """What the setting takes: choices, or a kind and its bounds."""
     known = Settings.model_fields[name]
-    kinds = [kind for kind in (get_args(known.annotation) or (known.annotation,)) if kind is not type(None)]
-    if get_origin(known.annotation) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(known.annotation))
+    kind: Any = known.annotation
+    if get_origin(kind) is not Literal:
+        (kind,) = [each for each in get_args(kind) or (kind,) if each is not type(None)]  # of one that may be None
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(kind))
     words = {
         bool: "`true`, `false`",
         int: "whole number",
@@ -95,7 +97,6 @@ def values_of(name: str) -> str:
         Path: "path",
         SecretStr: "secret text",
     }
-    kind: Any = kinds[0]
     bounds = [
         f"{word} {getattr(bound, attribute):g}"
         for bound in known.metadata

@@ -54,18 +54,18 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    # Address of the gateway. Without keys it must be this machine only, unless `without_keys` says otherwise.
-    http_host: str = "127.0.0.1"
+    # Address of the gateway. Without keys it must be this machine only, unless GLIMPSE_WITHOUT_KEYS says otherwise.
+    http_host: str = "127.0.0.1"  # address or name to listen on, for HTTP and gRPC; 0.0.0.0 for all of IPv4
     http_port: int = Field(8080, ge=0, le=65535)  # 0: any free port
     grpc_port: int = Field(8081, ge=0, le=65535)  # on the same host; 0: any free port
-    # More names for this service, with commas between them. If a name is set here or http_host is this machine only, a
-    # request with another name in its Host header gets 421.
+    # More names for this service, with commas between them. If a name is set here, or GLIMPSE_HTTP_HOST is this machine
+    # only, a request with another name in its Host header gets 421.
     allowed_hosts: str = ""
     # Web pages of these origins may call the service from a browser: https://app.example with commas between them, or *
     # for any. None: only the service's own page may.
     cors_origins: str = ""
-    # API keys: a file that `glimpse keys` writes, or the word redis for keys in redis_url. With keys every request
-    # needs one, except for health, the page, the API's description and, if it is open, /metrics.
+    # API keys: a file that `glimpse keys` writes, or the word redis for keys in the Redis of GLIMPSE_REDIS_URL. With
+    # keys every request needs one, except for health, the page, the API's description and, if it is open, /metrics.
     keys: str | None = None
     metrics_without_key: bool = False  # let anyone read /metrics without a key
     # Let a service without keys listen on other addresses than this machine's own: whoever reaches it may ask.
@@ -73,18 +73,18 @@ class Settings(BaseSettings):
 
     # Vertex AI's routes of a custom container. Its variables AIP_PREDICT_ROUTE and AIP_HEALTH_ROUTE set them, and
     # AIP_HTTP_PORT or PORT the port, unless the GLIMPSE_ variable is set too. None: there is no such route.
-    vertex_predict_route: str | None = None
-    vertex_health_route: str | None = None
+    vertex_predict_route: str | None = None  # path of Vertex AI's predictions, such as /predict
+    vertex_health_route: str | None = None  # another path of /health/ready
 
     # After SIGTERM the service is not ready, but accepts connections for the notice and answers questions with 503, so
     # that load balancers take it out. Then its listener closes, and requests in flight have the grace to finish.
-    stop_notice_s: float = Field(1.0, ge=0)
-    stop_grace_s: float = Field(10.0, ge=0)
+    stop_notice_s: float = Field(1.0, ge=0)  # after SIGTERM only
+    stop_grace_s: float = Field(10.0, ge=0)  # requests that still run then get 503
 
     # Most connections, in all and from one address. Beyond them, an idle one is closed for each new one; if none is
     # idle, the new one gets 503. The limit of open files may allow fewer: the log says so.
-    max_connections: int = Field(4096, gt=0)
-    max_connections_per_address: int = Field(3072, gt=0)
+    max_connections: int = Field(4096, gt=0)  # in all
+    max_connections_per_address: int = Field(3072, gt=0)  # from one address; of IPv6 from one /64
     # Networks of the proxies and load balancers in front, such as 10.1.0.0/24, with commas between them. Each caller's
     # address is then what the proxy says in X-Forwarded-For. The limits of one address do not apply to a proxy.
     trusted_proxies: str = ""
@@ -94,34 +94,34 @@ class Settings(BaseSettings):
 
     # Triton: either the gateway starts one (embedded), or these are the gRPC addresses of running ones: host:port, or
     # unix:/path of a socket. The two addresses may be equal. A name with several addresses is several Tritons.
-    vision_url: str | None = None
-    llm_url: str | None = None
-    # Variants: a file that `glimpse variants` writes, or the word redis for variants in redis_url. Each has its own
-    # models and Tritons. A change is in use within a second.
+    vision_url: str | None = None  # Triton with the vision models; set both addresses, or neither
+    llm_url: str | None = None  # Triton with the LLM
+    # Variants: a file that `glimpse variants` writes, or the word redis for variants in the Redis of GLIMPSE_REDIS_URL.
+    # Each has its own models and Tritons. A change of weights is in use within a second.
     variants: str | None = None
     # How long the calls of one question to Tritons may take together until its first token. After that, another Triton
     # gets the current call, or another variant the question, each with a new budget. None: only failures move a
     # question. With a budget, the LLM sends tokens one by one.
     first_token_budget_ms: int | None = Field(None, gt=0)
     triton_grpc_port: int | None = Field(None, ge=1, le=65535)  # opens the embedded Triton to plain KServe clients
-    triton_metrics_port: int = Field(8002, ge=1, le=65535)
-    triton_start_timeout_s: float = Field(60.0, gt=0)
-    model_repository: Path = PROJECT / "model_repository"
+    triton_metrics_port: int = Field(8002, ge=1, le=65535)  # of the embedded Triton's metrics, on this machine only
+    triton_start_timeout_s: float = Field(60.0, gt=0)  # for the embedded Triton; then the start has failed
+    model_repository: Path = PROJECT / "model_repository"  # folder of the served models, from `glimpse build`
     # Precision in which the embedded Triton's models compute on a CPU. auto: bf16 or int8 if the CPU is fast in it and
     # the repository's card shows that nearly all answers stay the same; else fp32. If Triton runs elsewhere: name the
     # precision that it uses.
     precision: Wanted = "auto"
     probe_interval_s: float = Field(5.0, gt=0)  # time between two real inferences that probe a model
-    probe_timeout_s: float = Field(5.0, gt=0)
+    probe_timeout_s: float = Field(5.0, gt=0)  # for such an inference; a longer one counts as failed
 
     # Limits of one request.
-    max_image_bytes: int = Field(20_000_000, gt=0)
-    max_image_pixels: int = Field(50_000_000, gt=0)
-    max_question_chars: int = Field(2_000, gt=0)
+    max_image_bytes: int = Field(20_000_000, gt=0)  # of one image, video or document; a larger one gets 413
+    max_image_pixels: int = Field(50_000_000, gt=0)  # width times height of one image; beyond it, 413
+    max_question_chars: int = Field(2_000, gt=0)  # of a question with its earlier turns; beyond it, 400
     body_timeout_s: float = Field(30.0, gt=0)  # for the whole body to arrive
-    default_timeout_s: float = Field(30.0, gt=0)
-    max_timeout_s: float = Field(120.0, gt=0)
-    max_batch_questions: int = Field(1_000, gt=0)
+    default_timeout_s: float = Field(30.0, gt=0)  # of a question without timeout_s
+    max_timeout_s: float = Field(120.0, gt=0)  # the longest timeout_s that a question may have
+    max_batch_questions: int = Field(1_000, gt=0)  # in one batch
     batch_timeout_s: float = Field(600.0, gt=0)  # for all questions of a batch; each has its own timeout too
     stall_timeout_s: float = Field(15.0, gt=0)  # longest time between two tokens; then the LLM counts as dead
     decode_workers: int = Field(2, gt=0)  # processes that decode images and clips
@@ -131,19 +131,19 @@ class Settings(BaseSettings):
     # Images from URLs that callers name. Without a host here none is fetched. Hosts with commas between them: names,
     # *.example.org for all names below one, or * for every public host. TLS is verified with the system's certificate
     # authorities, or with those of SSL_CERT_FILE.
-    image_url_hosts: str = ""
+    image_url_hosts: str = ""  # hosts to fetch from
     image_url_ports: str = "443"  # with commas between them
     image_url_http: bool = False  # http: URLs too, on the ports above
     # Networks that are not public and may be fetched from nevertheless, such as 10.1.0.0/16. Link-local addresses,
     # metadata services and translated addresses stay forbidden.
     image_url_private_networks: str = ""
     image_url_timeout_s: float = Field(5.0, gt=0)  # for one image, with its redirects
-    image_urls_at_once: int = Field(16, gt=0)
-    image_urls_at_once_of_a_tenant: int = Field(4, gt=0)  # tenants without a name may use them all
+    image_urls_at_once: int = Field(16, gt=0)  # fetches at once, in all
+    image_urls_at_once_of_a_tenant: int = Field(4, gt=0)  # of a named tenant; requests without a name may use them all
 
     # Quota of all requests in flight, waiting or running; a request beyond it gets 429.
     # A request with more than one row's share of the LLM's tokens counts as more than one.
-    max_requests_in_flight: int = Field(128, gt=0)
+    max_requests_in_flight: int = Field(128, gt=0)  # most of them
     # Request bodies. A body takes up to 4 times its size while it is parsed. Bodies of more than 64 KiB leave a quarter
     # to smaller ones.
     max_bytes_in_flight: int = Field(256 * MIB, gt=0)
@@ -155,51 +155,53 @@ class Settings(BaseSettings):
 
     # Default quotas of each tenant; `glimpse keys limit` sets a tenant's own. None: no limit. Redis counts them for all
     # gateways.
-    quota_requests_per_minute: int | None = Field(None, gt=0)
-    quota_images_per_minute: int | None = Field(None, gt=0)
-    quota_visual_tokens_per_minute: int | None = Field(None, gt=0)
-    quota_generated_tokens_per_minute: int | None = Field(None, gt=0)
-    quota_concurrent_requests: int | None = Field(None, gt=0)
+    quota_requests_per_minute: int | None = Field(None, gt=0)  # questions and uploads
+    quota_images_per_minute: int | None = Field(None, gt=0)  # images of questions; a video counts as its frames
+    quota_visual_tokens_per_minute: int | None = Field(None, gt=0)  # visual tokens that the LLM reads
+    quota_generated_tokens_per_minute: int | None = Field(None, gt=0)  # tokens of answers
+    quota_concurrent_requests: int | None = Field(None, gt=0)  # open requests
     # The number of gateways: without Redis, each allows the quota divided by it. None: the number that Redis last
     # showed.
     quota_gateways: int | None = Field(None, gt=0)
 
     # Elastic fidelity: look less closely at images if requests wait longer than the target, or if contention costs them
     # too much time.
-    elastic_fidelity: bool = True
+    elastic_fidelity: bool = True  # false: the level stays at 0
     fidelity_target_s: float = Field(1.0, gt=0)  # target for the longest wait in a queue
 
     # Caches in the process's memory. Without keys tenants share them: a key names the image's content and not its
     # sender, so equal images are encoded once. A sender can then see from the answer's `cache` and its time whether
     # another sender sent the same bytes before.
-    feature_cache_bytes: int = Field(256 * MIB, ge=0)
+    feature_cache_bytes: int = Field(256 * MIB, ge=0)  # vision features of images
     # int8: about a third of FP32's bytes here and in Redis. Follow-ups are then answered from rounded features.
     feature_cache_dtype: Literal["full", "int8"] = "full"
     visual_cache_bytes: int = Field(64 * MIB, ge=0)  # visual tokens of pairs of image and question
-    image_store_bytes: int = Field(256 * MIB, gt=0)
+    image_store_bytes: int = Field(256 * MIB, gt=0)  # images that can be named by their ids
     image_ttl_s: float = Field(3600.0, gt=0)  # how long an image's id is valid
 
     # With keys, tenants share no features: equal images of two tenants are encoded twice, and none can tell by the time
     # what another has sent. True shares them.
-    share_features: bool = False
+    share_features: bool = False  # share features among tenants
     share_images: bool = True  # keep images in Redis for all gateways; else only the gateway that got one knows its id
 
-    # Redis: gateways share vision features through it. Without an address each gateway keeps only its own.
+    # Redis: gateways share vision features, images and quotas through it. Without an address each gateway has its own.
     # Addresses: redis://[[user]:password@]host:port/db, rediss:// with TLS, unix://path; redis+cluster:// or
     # rediss+cluster:// for any node of a Redis Cluster.
-    redis_url: SecretStr | None = None
-    redis_timeout_s: float = Field(0.05, gt=0)  # upper limit of the time that Redis may cost one request
-    redis_flight_s: float = Field(2.0, gt=0)  # how long a gateway waits for another gateway's encode of the same image
+    redis_url: SecretStr | None = None  # address of the Redis, or of a node of a Redis Cluster
+    # How long a request waits for Redis at each lookup of features and each count of a quota. Then it goes on without
+    # Redis. Reading an image that is named by its id may take 1 s.
+    redis_timeout_s: float = Field(0.05, gt=0)
+    redis_flight_s: float = Field(2.0, gt=0)  # how long a request waits for another gateway's encode of its image
     redis_ttl_s: float = Field(86_400.0, gt=0)  # how long Redis keeps features
 
     # How many tenants have metrics of their own: those with the most requests. The others share the label (others).
-    tenant_labels: int = Field(50, ge=0, le=1000)
+    tenant_labels: int = Field(50, ge=0, le=1000)  # this number of tenants
 
     log_dir: Path = Path("logs")  # Triton's own log; "-": it goes to stderr
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["logfmt", "json"] = "logfmt"
-    # Add the caller's address to the log lines of its requests. Behind a proxy that trusted_proxies does not list, this
-    # is the proxy's address.
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # the least level that is written
+    log_format: Literal["logfmt", "json"] = "logfmt"  # with json every line is JSON
+    # Add the caller's address to the log lines of its requests. Behind a proxy that GLIMPSE_TRUSTED_PROXIES does not
+    # list, this is the proxy's address.
     log_client_address: bool = False
 
     # Traces go to an OTLP receiver over gRPC, for example http://localhost:4317. The models read the first setting from

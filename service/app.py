@@ -142,7 +142,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     if fleet is None:
         models.models = [pipeline.model(client, client, card, repository.prompts, spelled=repository.spelled)]
     else:
-        fleet.begin(partial(model_of, pipeline, shared))
+        fleet.begin(partial(model_of, pipeline, shared), admission.llm_tokens)
     lag, turns = LoopLag(metrics.event_loop_lag.observe, lambda: pipeline.admission.is_busy), LoopTurns()
     api = http_api(http_edge(pipeline, readiness, settings, metrics, lag, gate, turns))
     rpc = grpc_edge(pipeline, readiness, settings, metrics, lag, gate, turns)

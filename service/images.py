@@ -14,6 +14,7 @@ from typing import Literal
 from blake3 import blake3
 
 from service.admission.quota import RETRY, TENANT_SHARE
+from service.cache.redis_client import RedisFault
 from service.cache.shared_images import SharedImages
 from service.core.errors import GlimpseError, NotFound, Overloaded, TooLarge, Unavailable
 from service.media.reader import ImageReader
@@ -83,7 +84,7 @@ class Images:
         """Return the tenant's image; None if it is in Redis, and there is no room for it here.
 
         Raises NotFound for an id that is unknown, expired or another tenant's. Neither the error nor the time that it
-        takes tells which.
+        takes tells which. Raises Unavailable if Redis may have the image, and does not answer.
         """
         kept = self.store.get(image_id, time.monotonic(), tenant)
         self._metrics.image_lookups.labels("memory", "miss" if kept is None else "hit").inc()
@@ -95,7 +96,13 @@ class Images:
             kept = self.store.get(image_id, time.monotonic(), tenant)  # another request may have read it meanwhile
             if kept is not None:
                 return kept
-            found = await self._shared.find(address_of(tenant, image_id))
+            try:
+                found = await self._shared.find(address_of(tenant, image_id))
+            except RedisFault as exc:
+                raise Unavailable(
+                    f"image {image_id} is not in this gateway's memory, and the store that gateways share does not "
+                    "answer: try again in a few seconds, or send the image again"
+                ) from exc
             if found is None:
                 raise self._unknown(image_id)
             data, left_s = found

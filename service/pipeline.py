@@ -464,7 +464,8 @@ class Pipeline:
                 if detokeniser.stopped:
                     guide, said = sampling.guide, "".join(ticket.answer)
                     # A constrained output that a stop string cut is as unfinished as one that max_tokens cut.
-                    is_whole = guide is None or await self.guides.is_complete(guide, said)
+                    async with ticket.in_time(reservation):
+                        is_whole = guide is None or await self.guides.is_complete(guide, said)
                     ticket.finish_reason = "stop" if is_whole else "length"
                     return
         if text := detokeniser.finish():

@@ -140,17 +140,23 @@ class LimitedAccount:
     async def _charge(self, unit: str, cost: int) -> list[Hit]:
         """Charge a cost to every bucket that limits the unit, or to none. Raises QuotaExceeded."""
         made: list[Hit] = []
-        for bucket in self._buckets:
-            if (most := bucket.most(unit)) is None:
-                continue
-            found = await self._quotas.windows.hit(bucket.name, unit, most, cost)
-            if unit not in self._left or found.left.remaining < self._left[unit].remaining:
-                self._left[unit] = found.left
-            if not found.fits:
-                self._give_back(made, cost)
-                raise self._over(bucket, unit, cost, found.left)
-            made.append(found)
+        try:
+            for bucket in self._buckets:
+                if (most := bucket.most(unit)) is not None:
+                    made.append(await self._charge_bucket(bucket, unit, most, cost))
+        except BaseException:  # refused, or the caller left
+            self._give_back(made, cost)
+            raise
         return made
+
+    async def _charge_bucket(self, bucket: Bucket, unit: str, most: int, cost: int) -> Hit:
+        """Raises QuotaExceeded."""
+        found = await self._quotas.windows.hit(bucket.name, unit, most, cost)
+        if unit not in self._left or found.left.remaining < self._left[unit].remaining:
+            self._left[unit] = found.left
+        if not found.fits:
+            raise self._over(bucket, unit, cost, found.left)
+        return found
 
     def _give_back(self, made: Sequence[Hit], amount: int) -> None:
         if amount > 0:

@@ -78,8 +78,8 @@ class Admission:
     ) -> None:
         """`max_positions`: tokens of the longest request. `scheduling`: benchmarks pass another order to compare."""
         self.vision_slots = vision_slots = settings.vision_slots or ENCODER_FILLS * engines.encoder_images
-        llm_tokens = settings.llm_tokens or engines.llm_rows * max_positions
-        self.row_tokens = llm_tokens // engines.llm_rows  # a request takes a whole row, however short it is
+        self.llm_tokens = settings.llm_tokens or engines.llm_rows * max_positions
+        self.row_tokens = self.llm_tokens // engines.llm_rows  # a request takes a whole row, however short it is
         self.batch_turns = BatchTurns(max(1, engines.llm_rows // BATCH_SHARE))
         tokens = max(settings.max_requests_in_flight * self.row_tokens, max_positions)
         self.quota = quota = Quota(Cost(settings.max_bytes_in_flight, settings.max_pixels_in_flight, tokens))
@@ -87,7 +87,7 @@ class Admission:
         now = time.monotonic()
         self.contention = Contention(settings.fidelity_target_s, now)
         self.limit = limit = ConcurrencyLimit(vision_slots + engines.llm_rows, self.contention)
-        self.scheduler = scheduler = scheduling(vision_slots, llm_tokens, limit=limit)
+        self.scheduler = scheduler = scheduling(vision_slots, self.llm_tokens, limit=limit)
         self.controller = Fidelity(settings.fidelity_target_s if settings.elastic_fidelity else math.inf, now)
         self._strain = "calm"  # kind of the last longest wait: "waiting" in a queue, or "late" by contention
         self._metrics = metrics
@@ -269,7 +269,7 @@ class Reservation:
         return UntilEnd(self._admission, self._ends, timeout_s)
 
     def end(self) -> None:
-        if self._ends:
+        if self._ends and not self._ends[-1].expired():  # one whose own time is over ends anyway
             self._ends[-1].reschedule(asyncio.get_running_loop().time())
 
     def require_room(self, cost: Cost, *, keep_free: Cost = NOTHING) -> None:

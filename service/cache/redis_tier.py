@@ -134,10 +134,10 @@ class RedisTier:
             self._count("hit")
             return features
         ours, features = await self._claim(key, deadline - now())
-        left_s, waits_until = deadline - now(), now() + patience_s
+        waits_until = now() + patience_s
         while not ours and features is None and now() < waits_until:
             await asyncio.sleep(POLL_S)
-            ours, features = await self._claim(key, left_s)
+            ours, features = await self._claim(key, self.limits.timeout_s)
         if ours and features is None:
             self._claimed.add(key)
         elif ours:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from blake3 import blake3
 
@@ -22,12 +24,14 @@ from service.telemetry.metrics import Metrics
 MAGIC = b"GLI1"
 DIGEST_BYTES = 32
 TIMEOUT_S = 1.0  # for one image: up to 20 MB
+INLINE_BYTES = 1_000_000  # a record up to this size is checked on the event loop: about 0.5 ms
 LOOK_INTERVAL_S = 0.5  # a deleted image is forgotten everywhere at most so much later
 OVERLAP_S = 30.0  # by which the gateways' clocks may differ
 LATE_S = 60.0  # a deletion is remembered so much longer than an image that another gateway puts back late
 MOST_DELETED = 50_000  # that Redis remembers, the latest: more than are deleted between two looks
 MOST_UNWRITTEN_BYTES = 64 * 1024 * 1024
 DELETED = f"{PREFIX}:images:deleted"
+T = TypeVar("T")
 BROKEN = ("timeout", "unreachable", "fault")  # kinds of faults that are the connection's
 
 
@@ -36,17 +40,30 @@ def key_of(address: str) -> str:
 
 
 def record_of(address: str, data: bytes) -> bytes:
-    return MAGIC + blake3(address.encode() + data).digest() + data
+    return b"".join((*_head_of(address, data), data))
 
 
 def image_in(record: bytes, address: str) -> bytes | None:
     """Return the record's image; None if it does not fit."""
-    head = len(MAGIC) + DIGEST_BYTES
-    return record[head:] if record_of(address, record[head:])[:head] == record[:head] else None
+    size = len(MAGIC) + DIGEST_BYTES
+    with memoryview(record) as whole:
+        fits = b"".join(_head_of(address, whole[size:])) == whole[:size]
+    return record[size:] if fits else None
+
+
+def _head_of(address: str, data: bytes | memoryview) -> tuple[bytes, bytes]:
+    digest = blake3(address.encode())
+    digest.update(data)
+    return MAGIC, digest.digest()
+
+
+async def _beside(nbytes: int, work: Callable[[], T]) -> T:
+    """Do work on so many bytes: in a thread, if it would stop the event loop for long."""
+    return work() if nbytes <= INLINE_BYTES else await asyncio.to_thread(work)
 
 
 class SharedImages:
-    """Usable while `run` runs. While Redis is not in use nothing is found and nothing is kept. Nothing here raises."""
+    """Usable while `run` runs. While Redis is not in use nothing is found and nothing is kept. Only `find` raises."""
 
     def __init__(self, url: str, tier: RedisTier, metrics: Metrics, ttl_s: float) -> None:
         self.forget: Callable[[str], object] = lambda _: None  # told the address of each image that another deleted
@@ -80,15 +97,21 @@ class SharedImages:
         """Return an image, and the seconds that it has left.
 
         A gateway that did not know of a deletion yet may have put the image back: it is not found, and deleted again.
+        Raises RedisFault if Redis is in use and does not answer.
         """
+        if not self.in_use:
+            self._metrics.image_lookups.labels("redis", "skipped").inc()
+            return None
         key = key_of(address)
         replies = await self._ask(self._reads, ("ZSCORE", DELETED, address), ("GET", key), ("PTTL", key))
         if replies is None:
-            self._metrics.image_lookups.labels("redis", "skipped").inc()
-            return None
+            self._metrics.image_lookups.labels("redis", "failed").inc()
+            raise RedisFault("timeout", "the image was not read")
         deleted_at, record, left_ms = replies
         is_deleted = deleted_at is not None
-        data = image_in(record, address) if isinstance(record, bytes) and not is_deleted else None
+        data = None
+        if isinstance(record, bytes) and not is_deleted:
+            data = await _beside(len(record), partial(image_in, record, address))
         if record is not None and data is None:
             if not is_deleted:
                 self._metrics.redis_bad_records.labels("image").inc()
@@ -100,7 +123,7 @@ class SharedImages:
         """Keep an image. Returns whether Redis has it now. One that was deleted is deleted again, and here too."""
         if self.is_deleted(address):
             return False
-        key, record = key_of(address), record_of(address, data)
+        key, record = key_of(address), await _beside(len(data), partial(record_of, address, data))
         replies = await self._ask(self._writes, ("SET", key, record, "PX", self._ttl_ms), ("ZSCORE", DELETED, address))
         self._metrics.image_writes.labels("failed" if replies is None else "kept").inc()
         if replies is None:

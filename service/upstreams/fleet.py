@@ -105,6 +105,7 @@ class Fleet:
         self.store = store
         self._settings = settings
         self._metrics = metrics
+        self._llm_tokens = math.inf if settings.llm_tokens is None else settings.llm_tokens
         self._stopping = False
         self._unused: Variants | None = None  # what was read and is not in use yet
         self._retry_at = 0.0  # by the monotonic clock
@@ -125,6 +126,11 @@ class Fleet:
         repository = read_repository(Path(variant.models), "name" if named else "set GLIMPSE_MODEL_REPOSITORY to")
         setting = f"the precision of the variant {variant.name}" if named else "GLIMPSE_PRECISION"
         card = computed_in(repository.card, variant.precision, setting)
+        if card.max_positions > self._llm_tokens:
+            raise SettingsError(
+                f"this gateway has {self._llm_tokens:g} LLM tokens for all requests, and one request of {card.name} can "
+                f"need {card.max_positions}: start it with GLIMPSE_LLM_TOKENS={card.max_positions} or more"
+            )
         repository = replace(repository, card=card)
         pool = Pool(
             variant.name,
@@ -156,9 +162,9 @@ class Fleet:
     def cards(self) -> list[ModelCard]:
         return [each.repository.card for each in self._running.values()]
 
-    def begin(self, make: Callable[[Variant, Repository, Pool], Model]) -> None:
-        """Make the models of the first variants."""
-        self.make = make
+    def begin(self, make: Callable[[Variant, Repository, Pool], Model], llm_tokens: int) -> None:
+        """Make the models of the first variants. `llm_tokens`: what all requests may reserve together."""
+        self.make, self._llm_tokens = make, llm_tokens
         for each in self._running.values():
             self._begin(each)
         for name in dict.fromkeys(name for card in self.cards for name in card.called):

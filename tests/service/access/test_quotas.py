@@ -14,12 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.access.keys import Limits
-from service.access.quotas import in_words
+from service.access.keys import Keyring, Limits
+from service.access.quotas import Bucket, LimitedAccount, Quotas, in_words
 from service.access.windows import LEASE_S, Hit, SharedWindows, Windows, give_back, hit, left_of, wait_s
 from service.cache.redis_client import close_counters, counters
-from service.core.access import UNLIMITED
+from service.core.access import UNLIMITED, Use
 from service.edges.grpc.stubs import vqa_pb2 as pb
+from service.telemetry.metrics import Metrics
 from tests.service.edges.http.test_vqa import ASKED, Caller, events, fault
 from tests.support.calls import failure, question, served
 from tests.support.fakes import House, cancelled, png, turns, until
@@ -161,6 +162,33 @@ async def test_a_question_that_fails_gives_its_images_and_tokens_back():
         assert (await caller.ask()).status_code == 200
         assert (await caller.http.post("/v1/images", content=png())).status_code == 200
         fault(await caller.http.post("/v1/images", content=png()), 429)
+
+
+async def test_a_caller_that_leaves_while_it_is_charged_is_charged_nothing():
+    """Its tenant was charged, and its key's bucket was being asked about."""
+    windows = Windows()
+    quotas = Quotas(Limits(), lambda: Keyring({}), windows, Metrics())
+    buckets = [Bucket(name, name, Limits(generated_tokens_per_minute=100)) for name in ("tenant/a", "key/b")]
+    account, asked, hit = LimitedAccount(quotas, buckets), asyncio.Event(), windows.hit
+
+    async def stuck(bucket: str, unit: str, limit: int, cost: int) -> Hit:
+        if bucket == "key/b":
+            asked.set()
+            await asyncio.Event().wait()
+        return await hit(bucket, unit, limit, cost)
+
+    windows.hit = stuck  # type: ignore[method-assign]
+
+    async def charge() -> None:
+        async with account.charged(Use(generated_tokens=64)):
+            raise AssertionError("charged")
+
+    charging = asyncio.create_task(charge())
+    await asked.wait()
+    assert (await hit("tenant/a", "generated_tokens", 100, 0)).left.remaining == 36
+    await cancelled(charging)
+    await quotas.settle()
+    assert (await hit("tenant/a", "generated_tokens", 100, 0)).left.remaining == 100
 
 
 async def test_a_stream_has_the_headers_and_settles_at_its_end():

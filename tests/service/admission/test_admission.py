@@ -24,7 +24,7 @@ from service.admission.fidelity import LEVELS
 from service.admission.quota import Cost, Refusal
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.core.card import Engines
-from service.core.errors import DeadlineExceeded, Overloaded
+from service.core.errors import DeadlineExceeded, Overloaded, ShuttingDown
 from service.core.request import Priority
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -383,3 +383,28 @@ async def enter_soon(house: Admission, reservation: Reservation, give_back: Call
     assert not waiting.done()
     give_back()
     return await waiting
+
+
+async def test_a_request_whose_own_time_is_just_over_does_not_keep_others_from_being_ended():
+    house = admission(Metrics())
+    told: list[str] = []
+
+    async def wait(name: str, timeout_s: float | None, cleaning: asyncio.Event) -> None:
+        with house.reservation("") as reservation, suppress(ShuttingDown, TimeoutError):
+            async with reservation.until_end(timeout_s):
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await cleaning.wait()
+                    told.append(name)
+
+    slow, quick = asyncio.Event(), asyncio.Event()
+    quick.set()
+    late = asyncio.create_task(wait("late", 0.01, slow))
+    others = [asyncio.create_task(wait(f"other {number}", None, quick)) for number in range(4)]
+    await asyncio.sleep(0.05)  # the late one cleans up
+    house.end()
+    await asyncio.wait_for(asyncio.gather(*others), 5)
+    assert sorted(told) == [f"other {number}" for number in range(4)]
+    slow.set()
+    await late

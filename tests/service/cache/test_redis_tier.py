@@ -19,6 +19,7 @@ from service.cache import admin as cache_admin
 from service.cache import redis_tier
 from service.cache.keys import FeatureKey
 from service.cache.records import pack
+from service.cache.redis_client import Command, Reply
 from service.cache.redis_tier import MOST_UNWRITTEN, flight_key, record_key
 from service.core.answer import Finished
 from service.core.card import ModelCard
@@ -248,6 +249,25 @@ async def waits(redis_server: RedisServer) -> None:
     """Until somebody has tried several times to get a claim."""
     claims = redis_server.client.info("commandstats")["cmdstat_set"]["calls"]
     await until(lambda: redis_server.client.info("commandstats")["cmdstat_set"]["calls"] > claims + 3, STUCK_S)
+
+
+async def test_each_look_at_another_gateways_encode_has_redis_whole_time(redis_server):
+    """The first lookup took most of its time; that is no reason to think Redis slow."""
+    async with gateway(redis_server.url, redis_timeout_s=5.0, redis_flight_s=600) as house:
+        redis_server.client.set(flight_key(key(1)), "another")
+        given: list[float] = []
+        ask = house.shared._ask
+
+        async def slow(left_s: float, *commands: Command) -> list[Reply]:
+            given.append(left_s)
+            if len(given) == 1:
+                await asyncio.sleep(1.0)
+            return await ask(left_s, *commands)
+
+        house.shared._ask = slow
+        assert await house.shared.find(key(1), 0.5) is None
+        assert given[1] < 4.5
+        assert given[2:] == [5.0] * (len(given) - 2) != []
 
 
 async def test_the_claim_of_a_record_that_is_dropped_is_given_back(redis_server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.app import fleet_of
+from service.core.card import ModelCard
 from service.core.errors import Unavailable
 from service.settings import Settings, SettingsError
 from service.telemetry.metrics import Metrics
@@ -39,9 +41,12 @@ def two(repository: Path) -> Variants:
 class FakeFleet(Fleet):
     """Connects to no Triton."""
 
-    def __init__(self, store: VariantsFile | VariantsInRedis, variants: Variants, metrics: Metrics) -> None:
+    def __init__(
+        self, store: VariantsFile | VariantsInRedis, variants: Variants, metrics: Metrics, **settings: object
+    ) -> None:
         self.tritons: dict[str, FakeTriton] = {}
-        super().__init__(store, variants, Settings(variants="-", probe_interval_s=0.5, probe_timeout_s=1.0), metrics)
+        told = Settings(variants="-", probe_interval_s=0.5, probe_timeout_s=1.0, **settings)
+        super().__init__(store, variants, told, metrics)
 
     def client(self, card: object, address: str) -> FakeTriton:
         return self.tritons.setdefault(address, FakeTriton(address))
@@ -61,7 +66,8 @@ async def running(store: VariantsFile | VariantsInRedis) -> AsyncIterator[FakeFl
     fleet.begin(
         lambda told, repository, pool: house.pipeline.model(
             pool, pool, repository.card, repository.prompts, variant=told.name, weight=told.weight, health=pool
-        )
+        ),
+        house.admission.llm_tokens,
     )
     work = asyncio.create_task(fleet.run())
     try:
@@ -326,6 +332,37 @@ def test_a_gateway_needs_a_variant_that_may_answer_and_models_that_can_be_read(
         FakeFleet(store, two(repository).drained("stable").drained("next"), Metrics())
     with pytest.raises(SettingsError, match="is not a model repository that can be read"):
         FakeFleet(store, two(tmp_path / "none"), Metrics())
+
+
+def test_every_variant_must_fit_the_llm_tokens_that_are_set(tmp_path: Path, repository: Path) -> None:
+    larger = longer_copy(repository, tmp_path / "larger", 4096)
+    told = two(repository).added(replace(variant("next", larger), weight=0.0))
+    store = VariantsFile(tmp_path / "variants.json")
+    with pytest.raises(
+        SettingsError, match=r"has 400 LLM tokens for all requests, and one request of .* can need 4096"
+    ):
+        FakeFleet(store, told, Metrics(), llm_tokens=400)
+    assert FakeFleet(store, told, Metrics(), llm_tokens=4096).names == []
+
+
+async def test_a_variant_that_joins_later_must_fit_too(tmp_path: Path, repository: Path) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: two(repository))
+    larger = longer_copy(repository, tmp_path / "larger", 1_000_000)
+    async with running(VariantsFile(store.path)) as fleet:
+        with capture_logs() as logs:
+            await store.change(lambda before: before.added(variant("third", larger)))
+            await until(lambda: fleet.metric("variants_readable") == 0)
+        assert "GLIMPSE_LLM_TOKENS=1000000 or more" in logs[0]["reason"]
+        assert fleet.names == ["stable", "next"]
+
+
+def longer_copy(repository: Path, folder: Path, positions: int) -> Path:
+    """The same models, with a card of so many positions."""
+    shutil.copytree(repository, folder)
+    card = ModelCard.from_json((folder / "card.json").read_text())
+    (folder / "card.json").write_text(replace(card, max_positions=positions).to_json())
+    return folder
 
 
 def test_a_variant_computes_in_the_precision_that_it_says(tmp_path: Path, repository: Path) -> None:

@@ -36,6 +36,7 @@ MAX_RETRY_AFTER_S = 60.0
 SMALL_BODY_BYTES = 64 * 1024
 MAX_LAG_S = 0.01  # of the event loop; above it new requests are refused before they cost more than this decision
 UNHURRIED = 64  # so many open requests are let in however late the loop is: it may be another program's fault
+OBSERVE_S = 0.02  # between two looks for the longest wait
 REFUSAL_PAUSE_S = 0.01  # after a question was read and refused; in a crowd, new ones are refused unread meanwhile
 # Reading a question and refusing it takes about a millisecond of the loop. After a burst of READ_REFUSALS, this is
 # the least time between two such refusals. If there are more and the loop is late, requests of their size are refused
@@ -89,6 +90,7 @@ class Admission:
         self.limit = limit = ConcurrencyLimit(vision_slots + engines.llm_rows, self.contention)
         self.scheduler = scheduler = scheduling(vision_slots, self.llm_tokens, limit=limit)
         self.controller = Fidelity(settings.fidelity_target_s if settings.elastic_fidelity else math.inf, now)
+        self._observed_at = -math.inf
         self._strain = "calm"  # kind of the last longest wait: "waiting" in a queue, or "late" by contention
         self._metrics = metrics
         self._grants: dict[Claim, asyncio.Future[None]] = {}  # of the claims that wait
@@ -216,8 +218,14 @@ class Admission:
         self._observe(now)
 
     def _observe(self, now: float) -> int:
-        """Update the level of fidelity from the longest wait -> the level from now on."""
+        """Update the level of fidelity from the longest wait -> the level from now on.
+
+        Finding the longest wait goes through all requests, so it is not done again at once.
+        """
         before = self.controller.level
+        if now < self._observed_at + OBSERVE_S:
+            return before
+        self._observed_at = now
         since = {"waiting": self.scheduler.waiting_since(now), "late": self.contention.waiting_since(now)}
         waits = {strain: began for strain, began in since.items() if began is not None}
         level = self.controller.observe(now, min(waits.values(), default=None))

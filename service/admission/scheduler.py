@@ -193,7 +193,7 @@ class _Pool:
         if not self.standing:
             return 0.0
         ahead = sum(amount for handicap_s, amount in self.waiting.items() if handicap_s <= claim.handicap_s)
-        tenants = len(self.queues.keys() | {claim.tenant})
+        tenants = len(self.queues) + (claim.tenant not in self.queues)
         if tenants > 1:
             own = sum(each.amount for _, _, each in self.queues.get(claim.tenant, ()))
             ahead = min(ahead, own * tenants)

@@ -200,16 +200,18 @@ class Calibration:
 
     def confidence(self, signals: Signals) -> Confidence:
         familiar = self.familiar.of([signals.strangeness])
-        found, shift = self.found.of(found_signals(signals, self.words)), self.shifts.of(signals)
+        found = self.found.of(found_signals(signals, self.words))
+        is_named, is_supposed = self.words.name_something(signals.question), self.words.suppose(signals.question)
+        plain, shift = plain_signals(signals), self.shifts.of(signals)
         doubts: dict[Reason, float] = {
             "unfamiliar_image": familiar,
-            "unsure": self.right.of((*plain_signals(signals), 0.0, 0.0), shift),
-            **({"not_found": found} if self.words.suppose(signals.question) else {}),
+            "unsure": self.right.of((*plain, 0.0, 0.0), shift),
+            **({"not_found": found} if is_supposed else {}),
         }
         known = min(1.0, familiar / HALF) * min(1.0, doubts.get("not_found", 1.0) / HALF)
         return Confidence(
-            value=self.right.of(self.right_signals(signals), shift) * known,
-            found=found if self.words.name_something(signals.question) else None,
+            value=self.right.of(_right_signals(plain, familiar, found if is_supposed else 1.0), shift) * known,
+            found=found if is_named else None,
             familiar=familiar,
             weakest=min(doubts, key=lambda reason: doubts[reason]),
         )
@@ -234,7 +236,7 @@ class Calibration:
         """RIGHT_SIGNALS of an answer."""
         familiar = self.familiar.of([signals.strangeness])
         found = self.found.of(found_signals(signals, self.words)) if self.words.suppose(signals.question) else 1.0
-        return (*plain_signals(signals), math.log(familiar + TINY), math.log(found + TINY))
+        return _right_signals(plain_signals(signals), familiar, found)
 
     @classmethod
     def from_json(cls, told: object, vision_width: int) -> Self:
@@ -314,6 +316,10 @@ def plain_signals(signals: Signals) -> tuple[float, ...]:
         *squares,
         *(odds * mass, odds * particularize, mass * particularize, odds * closer),
     )
+
+
+def _right_signals(plain: tuple[float, ...], familiar: float, found: float) -> tuple[float, ...]:
+    return (*plain, math.log(familiar + TINY), math.log(found + TINY))
 
 
 def several_signals(log_prob: float, *, is_clip: bool) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Self
 
 import numpy as np
@@ -102,7 +103,7 @@ def rounded_among(views: Sequence[VisionFeatures | CloserFeatures]) -> tuple[int
     return tuple(place for place, view in enumerate(views) if isinstance(view.features, Int8Rows))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Relevance:
     """The places in an image where the model looked closely for one question, and why."""
 
@@ -112,7 +113,7 @@ class Relevance:
     tensions: FloatArray  # [3] in [0, 1], those of TENSIONS
     area: Area = WHOLE  # where the maps lie in the image: left, top, right, bottom as shares of its sides
 
-    @property
+    @cached_property
     def evenness(self) -> float:
         """Return the map's entropy divided by that of an even map: 1 if all patches are equally relevant."""
         shares = self.map[self.map > 0].astype(np.float64)
@@ -128,7 +129,7 @@ class Relevance:
         """Return the share of the budget that the question needs, in [0, 1]."""
         return float(self.tensions[0])
 
-    @property
+    @cached_property
     def vision_tokens(self) -> int:
         """Count the vision tokens at these levels, without CLS."""
         return int(_TOKENS_FROM_LEVEL_MINUS_1.take(self.levels + 1, mode="clip").sum())

@@ -164,7 +164,7 @@ class Metrics:
         )
         self.image_lookups = self._counter(
             "image_lookups",
-            "Lookups of images by their ids, by tier and result: hit, miss; in Redis also skipped (not in use), failed.",
+            "Lookups of images by id, by tier and result: hit, miss; in Redis also skipped (not in use) or failed.",
             "tier",
             "result",
         )

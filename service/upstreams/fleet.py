@@ -128,8 +128,8 @@ class Fleet:
         card = computed_in(repository.card, variant.precision, setting)
         if card.max_positions > self._llm_tokens:
             raise SettingsError(
-                f"this gateway has {self._llm_tokens:g} LLM tokens for all requests, and one request of {card.name} can "
-                f"need {card.max_positions}: start it with GLIMPSE_LLM_TOKENS={card.max_positions} or more"
+                f"this gateway has {self._llm_tokens:g} LLM tokens for all requests, and one request of {card.name} "
+                f"can need {card.max_positions}: start it with GLIMPSE_LLM_TOKENS={card.max_positions} or more"
             )
         repository = replace(repository, card=card)
         pool = Pool(

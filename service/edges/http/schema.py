@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -329,7 +329,9 @@ class Asked(BaseModel):
     stream: Flag = Field(False, description="Server-sent events as the answer is written.")
     explain: Flag = Field(False, description="Tell where the image was looked at closely, and why.")
 
-    def _fields(self, image: str | None, images: Sequence[ImageSource | str] | None) -> Fields:
+    def _fields(
+        self, image: ImageSource | str | None, images: Sequence[ImageSource | str] | None, **clip: Any
+    ) -> Fields:
         """null stands for a field that was left out."""
         budget = self.budget or WireBudget()
         given = {name: value for name in PLAIN_FIELDS if (value := getattr(self, name)) is not None}
@@ -342,6 +344,7 @@ class Asked(BaseModel):
             visual_tokens=budget.visual_tokens,
             log_probs=bool(self.logprobs),
             top_log_probs=self.top_logprobs or 0,
+            **clip,
             **given,
         )
 
@@ -379,7 +382,7 @@ class VqaRequest(Asked):
             raise invalid_request(exc, cls.model_fields, NESTED) from exc
 
     def fields(self) -> Fields:
-        return replace(self._fields(self.image, self.images), video=self.video, frames=self.frames)
+        return self._fields(self.image, self.images, video=self.video, frames=self.frames)
 
 
 class VqaForm(Asked):
@@ -439,13 +442,9 @@ class VqaForm(Asked):
 
     def fields(self, files: FormFiles) -> Fields:
         """`files` are those that `from_parts` gave."""
-        video = files.video[0] if files.video else None
-        return replace(
-            self._fields(None, files.image if len(files.image) > 1 else None),
-            image=files.image[0] if len(files.image) == 1 else None,
-            video=video,
-            frames=tuple(files.frames) if files.frames else None,
-        )
+        image, several = (None, files.image) if len(files.image) > 1 else (next(iter(files.image), None), None)
+        video, frames = next(iter(files.video), None), tuple(files.frames) or None
+        return self._fields(image, several, video=video, frames=frames)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 from benchmarks.bench.orders import Fifo
 from service.admission.admission import (
     MAX_LAG_S,
+    OBSERVE_S,
     READ_REFUSAL_S,
     READ_REFUSALS,
     UNHURRIED,
@@ -68,6 +69,15 @@ async def test_while_one_waits_past_the_target_requests_may_look_less_closely_an
             "frames": 16,
         },
     ]
+
+
+async def test_the_longest_wait_is_looked_for_once_in_a_while_however_often_requests_ask(monkeypatch):
+    house, looks = admission(Metrics()), list[float]()
+    monkeypatch.setattr(house.controller, "observe", lambda now, _: looks.append(now) or 0)
+    now = time.monotonic() + 1
+    for number in range(100):
+        house.schedule(now + number * OBSERVE_S / 10)
+    assert 9 <= len(looks) <= 11
 
 
 async def worked_on_together(house: Admission, first: Reservation, second: Reservation, priority: Priority) -> None:
@@ -245,7 +255,8 @@ async def test_on_its_way_up_the_log_gives_the_reason_and_on_its_way_down_calm()
         first.give_back(slot)
         second.give_back(await waiting)
     with capture_logs() as later:
-        house.schedule(time.monotonic() + 10)
+        for after_s in (1, 10):
+            house.schedule(time.monotonic() + after_s)
     assert [line["reason"] for line in (*lines, *later)] == ["waiting", "calm"]
 
 

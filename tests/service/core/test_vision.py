@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,9 +106,10 @@ def test_four_crops_join_to_one_grid_row_by_row_without_their_cls():
 def test_levels_cost_1_4_and_16_vision_tokens_a_cell():
     one = relevance(np.zeros((16, 16)))
     assert one.vision_tokens == 64
-    one.levels[0] = [1] * 8
-    one.levels[1, :3] = 2
-    assert one.vision_tokens == 53 + 8 * 4 + 3 * 16
+    levels = one.levels.copy()
+    levels[0] = [1] * 8
+    levels[1, :3] = 2
+    assert replace(one, levels=levels).vision_tokens == 53 + 8 * 4 + 3 * 16
 
 
 def test_particularize_is_the_first_tension():

@@ -91,6 +91,7 @@ class Admission:
         self.scheduler = scheduler = scheduling(vision_slots, self.llm_tokens, limit=limit)
         self.controller = Fidelity(settings.fidelity_target_s if settings.elastic_fidelity else math.inf, now)
         self._observed_at = -math.inf
+        self._later: asyncio.TimerHandle | None = None  # of the next look for the longest wait
         self._strain = "calm"  # kind of the last longest wait: "waiting" in a queue, or "late" by contention
         self._metrics = metrics
         self._grants: dict[Claim, asyncio.Future[None]] = {}  # of the claims that wait
@@ -220,10 +221,13 @@ class Admission:
     def _observe(self, now: float) -> int:
         """Update the level of fidelity from the longest wait -> the level from now on.
 
-        Finding the longest wait goes through all requests, so it is not done again at once.
+        Finding the longest wait goes through all requests. So it is done once in OBSERVE_S, and at the end of a time in
+        which it was asked for again: the controller takes it that nothing changed since.
         """
         before = self.controller.level
         if now < self._observed_at + OBSERVE_S:
+            if self._later is None:
+                self._later = asyncio.get_running_loop().call_later(OBSERVE_S, self._observe_later)
             return before
         self._observed_at = now
         since = {"waiting": self.scheduler.waiting_since(now), "late": self.contention.waiting_since(now)}
@@ -242,6 +246,10 @@ class Admission:
             )
         self._strain = min(waits, key=waits.__getitem__, default="calm")
         return level
+
+    def _observe_later(self) -> None:
+        self._later = None
+        self._observe(time.monotonic())
 
 
 class Reservation:

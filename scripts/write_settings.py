@@ -15,16 +15,19 @@ sys.path.insert(0, str(PROJECT))
 
 from pydantic import SecretStr  # noqa: E402
 
-from service.settings import PREFIX, Settings  # noqa: E402
+from service.settings import MOST_NUMBER, MOST_WHOLE_NUMBER, PREFIX, Settings  # noqa: E402
 
 SOURCE = PROJECT / "service" / "settings.py"
 PAGE = PROJECT / "docs" / "settings.md"
-HEAD = """# Settings
+HEAD = f"""# Settings
 
 Made from [service/settings.py](../service/settings.py) by `make settings`: change it there. Each setting is an
 environment variable. A mistyped name or a wrong value ends the start with status 2 and one line that says why. A secret
 may stand in a file: set the variable with `_FILE` at its end to the file's path.
 [Operations](operations.md#settings) lists the settings that matter first.
+
+If a table gives no other limit, a whole number is at most {MOST_WHOLE_NUMBER:,} and any other number at most
+{MOST_NUMBER:,.0f}.
 """
 MIB = 1024 * 1024
 
@@ -98,12 +101,16 @@ def values_of(name: str) -> str:
         SecretStr: "secret text",
     }
     bounds = [
-        f"{word} {getattr(bound, attribute):g}"
+        f"{word} {figure(getattr(bound, attribute))}"
         for bound in known.metadata
         for attribute, word in (("ge", "at least"), ("gt", "over"), ("le", "at most"), ("lt", "under"))
         if hasattr(bound, attribute)
     ]
     return ", ".join([words.get(kind, "text"), *bounds])
+
+
+def figure(bound: float) -> str:
+    return f"{bound:g}" if bound < 100_000 else f"{bound:,.0f}"
 
 
 def page(found: Sequence[Group]) -> str:

@@ -22,7 +22,7 @@ from service.access.quotas import Quotas
 from service.access.windows import SharedWindows, Windows
 from service.admission.admission import Admission
 from service.admission.scheduler import Scheduler
-from service.cache.redis_client import RedisFault
+from service.cache.redis_client import RedisFault, connect
 from service.cache.redis_tier import RedisLimits, RedisTier
 from service.cache.shared_images import SharedImages
 from service.core.access import Authenticator
@@ -96,6 +96,7 @@ class App:
 def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
     """Read the model repository's card and tokenizers and make all parts; start nothing. Raises SettingsError."""
     require_keys(settings)
+    require_redis_address(settings)
     metrics = Metrics(settings.tenant_labels)
     fleet = fleet_of(settings, metrics)
     if fleet is None:
@@ -225,6 +226,16 @@ def require_keys(settings: Settings) -> None:
     )
 
 
+def require_redis_address(settings: Settings) -> None:
+    """Raise SettingsError for a URL that no part can use."""
+    if settings.redis_url is None:
+        return
+    try:
+        connect(settings.redis_url.get_secret_value())
+    except ValueError as exc:
+        raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
+
+
 def gate_of(settings: Settings, metrics: Metrics) -> Gate | NoGate:
     """Read the keys in a file; those in Redis are read later. Raises SettingsError."""
     if not settings.keys:
@@ -237,8 +248,6 @@ def gate_of(settings: Settings, metrics: Metrics) -> Gate | NoGate:
         return Gate(file, metrics, first=file.read())
     except KeysError as exc:
         raise SettingsError(f"GLIMPSE_KEYS: {exc}") from exc
-    except ValueError as exc:
-        raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
 
 
 def shared_images_of(settings: Settings, shared: RedisTier | None, metrics: Metrics) -> SharedImages | None:
@@ -379,14 +388,11 @@ def image_fetcher(settings: Settings, metrics: Metrics) -> ImageFetcher | None:
 
 
 def redis_tier(settings: Settings, card: ModelCard, metrics: Metrics) -> RedisTier | None:
-    """Make the Redis tier, or None without a URL; start nothing. Raises SettingsError."""
+    """Make the Redis tier, or None without a URL; start nothing."""
     if settings.redis_url is None:
         return None
     limits = RedisLimits(settings.redis_timeout_s, settings.redis_flight_s, settings.redis_ttl_s)
-    try:
-        return RedisTier(settings.redis_url.get_secret_value(), limits, card, metrics)
-    except ValueError as exc:
-        raise SettingsError(f"GLIMPSE_REDIS_URL: {exc}") from exc
+    return RedisTier(settings.redis_url.get_secret_value(), limits, card, metrics)
 
 
 def traces_of(settings: Settings, card: ModelCard) -> Traces | None:

@@ -154,7 +154,12 @@ def bound(host: str, port: int, setting: str) -> socket.socket:
 
     `setting` is the one that chooses the port.
     """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as exc:
+        raise StartFailed(
+            f"cannot listen on {host} ({exc.strerror}): set GLIMPSE_HTTP_HOST to an IPv4 address"
+        ) from exc
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

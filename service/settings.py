@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.core.precision import Wanted
 from service.system.environment import SecretFileError, is_service_link, with_platform, with_secrets
@@ -33,6 +33,8 @@ ORIGIN = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+")
 ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+:\d+/?")
 ROUTE = re.compile(r"/[A-Za-z0-9._~:@/-]{1,500}")
 MIB = 1024 * 1024
+MOST_NUMBER = 1e9  # of any unit: 31 years in seconds. Timers and Redis cannot count without end
+MOST_WHOLE_NUMBER = 10**15  # a petabyte
 LEAST_PROXY_PREFIX = 7  # the widest private network is fc00::/7
 IPV4_IN_IPV6 = IPv6Network("::ffff:0:0/96")
 IMAGE_ENTRY_BYTES = 1024  # overhead of an image in the image store, besides its own bytes
@@ -52,7 +54,17 @@ class SettingsError(ValueError):
 class Settings(BaseSettings):
     """Hold all settings, frozen. `GLIMPSE_HTTP_PORT=9000` sets `http_port`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        **_: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take arguments only: `read_settings` has read the environment, and left out what is no setting."""
+        return (init_settings,)
 
     # Address of the gateway. Without keys it must be this machine only, unless GLIMPSE_WITHOUT_KEYS says otherwise.
     http_host: str = "127.0.0.1"  # address or name to listen on, for HTTP and gRPC; 0.0.0.0 for all of IPv4
@@ -83,8 +95,8 @@ class Settings(BaseSettings):
 
     # Most connections, in all and from one address. Beyond them, an idle one is closed for each new one; if none is
     # idle, the new one gets 503. The limit of open files may allow fewer: the log says so.
-    max_connections: int = Field(4096, gt=0)  # in all
-    max_connections_per_address: int = Field(3072, gt=0)  # from one address; of IPv6 from one /64
+    max_connections: int = Field(4096, gt=0, le=1_000_000)  # in all
+    max_connections_per_address: int = Field(3072, gt=0, le=1_000_000)  # from one address; of IPv6 from one /64
     # Networks of the proxies and load balancers in front, such as 10.1.0.0/24, with commas between them. Each caller's
     # address is then what the proxy says in X-Forwarded-For. The limits of one address do not apply to a proxy.
     trusted_proxies: str = ""
@@ -102,7 +114,7 @@ class Settings(BaseSettings):
     # How long the calls of one question to Tritons may take together until its first token. After that, another Triton
     # gets the current call, or another variant the question, each with a new budget. None: only failures move a
     # question. With a budget, the LLM sends tokens one by one.
-    first_token_budget_ms: int | None = Field(None, gt=0)
+    first_token_budget_ms: int | None = Field(None, gt=0, le=86_400_000)
     triton_grpc_port: int | None = Field(None, ge=1, le=65535)  # opens the embedded Triton to plain KServe clients
     triton_metrics_port: int = Field(8002, ge=1, le=65535)  # of the embedded Triton's metrics, on this machine only
     triton_start_timeout_s: float = Field(60.0, gt=0)  # for the embedded Triton; then the start has failed
@@ -115,7 +127,9 @@ class Settings(BaseSettings):
     probe_timeout_s: float = Field(5.0, gt=0)  # for such an inference; a longer one counts as failed
 
     # Limits of one request.
-    max_image_bytes: int = Field(20_000_000, gt=0)  # of one image, video or document; a larger one gets 413
+    max_image_bytes: int = Field(
+        20_000_000, gt=0, le=1_500_000_000
+    )  # of one image, video or document; beyond it, 413. gRPC bounds it
     max_image_pixels: int = Field(50_000_000, gt=0)  # width times height of one image; beyond it, 413
     max_question_chars: int = Field(2_000, gt=0)  # of a question with its earlier turns; beyond it, 400
     body_timeout_s: float = Field(30.0, gt=0)  # for the whole body to arrive
@@ -124,7 +138,7 @@ class Settings(BaseSettings):
     max_batch_questions: int = Field(1_000, gt=0)  # in one batch
     batch_timeout_s: float = Field(600.0, gt=0)  # for all questions of a batch; each has its own timeout too
     stall_timeout_s: float = Field(15.0, gt=0)  # longest time between two tokens; then the LLM counts as dead
-    decode_workers: int = Field(2, gt=0)  # processes that decode images and clips
+    decode_workers: int = Field(2, gt=0, le=1024)  # processes that decode images and clips
     # CPU time to decode one image. A clip may take four times as much. Beyond it, 413.
     decode_cpu_s: float = Field(2.0, gt=0)
 
@@ -209,6 +223,14 @@ class Settings(BaseSettings):
     otlp_endpoint: str | None = None  # None: no traces
     trace_share: float = Field(1.0, ge=0, le=1)  # of the requests whose caller sends no traceparent header
     trace_gen_ai: bool = False  # add OpenTelemetry's gen_ai attributes; they have counts and names, and no content
+
+    @field_validator("*")
+    @classmethod
+    def _is_no_giant(cls, value: Any) -> Any:
+        most = MOST_NUMBER if isinstance(value, float) else MOST_WHOLE_NUMBER
+        if isinstance(value, int | float) and value > most:
+            raise ValueError(f"must be at most {most:,.0f}")
+        return value
 
     @field_validator("otlp_endpoint")
     @classmethod

@@ -30,6 +30,8 @@ Reply = Any  # bytes, int, True, None, or a dict from INFO; RedisFault if Redis 
 COUNTERS = "glimpse:quota"  # begins the keys of counters
 CLUSTER = "+cluster"  # ends the scheme of a URL
 MOST_TOGETHER = 4  # callers in one pipeline; 16 records of 180 KB take twice as long in one pipeline as in four
+PORT = 6379  # if a URL names none
+BAD_PORT = "its port is not a number from 0 to 65535: correct it, and write /, ?, # and @ of a password as %2F, %3F, %23 and %40"
 CONNECT_TIMEOUT_S = 1.0  # for the socket; callers have shorter timeouts
 
 # The first row that matches counts.
@@ -70,14 +72,26 @@ def fault_of(error: BaseException) -> RedisFault:
 
 
 def counters(url: str) -> RedisStorage:
-    """Return the `limits` library's counters in Redis, which connect at their first command. Raises ValueError."""
+    """Return the `limits` library's counters in Redis, which connect at their first command.
+
+    `connect` must accept the URL.
+    """
     options = client_options()
+    url = with_port(url)
     if is_cluster(url):
         if url.startswith("rediss"):
             url, options["ssl"] = url.replace("rediss", "redis", 1), True
         return RedisClusterStorage(f"async+{url}", implementation="redispy", key_prefix=COUNTERS, **options)
     scheme = "async+redis+" if url.startswith("unix://") else "async+"
     return RedisStorage(scheme + url, implementation="redispy", key_prefix=COUNTERS, **options)
+
+
+def with_port(url: str) -> str:
+    """Name the port that the counters' library has no default for."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix" or parts.port is not None or not parts.hostname:
+        return url
+    return parts._replace(netloc=f"{parts.netloc.removesuffix(':')}:{PORT}").geturl()
 
 
 async def close_counters(storage: RedisStorage) -> None:
@@ -93,12 +107,18 @@ def is_cluster(url: str) -> bool:
 def connect(url: str) -> Redis | RedisCluster:
     """Make a client, which connects at its first command. Raises ValueError for a URL that cannot be used."""
     options = client_options()
-    if not is_cluster(url):
-        return Redis.from_url(url, **options)
     try:
-        return RedisCluster.from_url(url.replace(CLUSTER, "", 1), **options)
-    except foreign.RedisClusterException as exc:  # a database other than 0
-        raise ValueError(str(exc)) from exc
+        if is_cluster(url):
+            return RedisCluster.from_url(url.replace(CLUSTER, "", 1), **options)
+        client = Redis.from_url(url, **options)
+        client.connection_pool.make_connection()  # else its first command tells an option that it does not know
+    except TypeError as exc:
+        raise ValueError(f"it has an option that Redis's client does not know ({exc})") from exc
+    except (ValueError, foreign.RedisError, foreign.RedisClusterException) as exc:
+        if "Port" in str(exc):  # the message may show a part of the password
+            raise ValueError(BAD_PORT) from None
+        raise ValueError(str(exc).partition("\n")[0]) from exc
+    return client
 
 
 def client_options() -> dict[str, Any]:

@@ -160,16 +160,16 @@ def check_ports(ports: Ports) -> None:
     for name, port in (("GRPC", ports.grpc), ("METRICS", ports.metrics)):
         if port is None:
             continue
-        with socket.socket(socket.AF_INET6 if ":" in ports.host else socket.AF_INET) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in ports.host else socket.AF_INET) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind((ports.host, port))
-            except OSError as exc:
-                if exc.errno != errno.EADDRINUSE:
-                    raise StartFailed(
-                        f"Triton cannot listen on {ports.host}:{port} ({exc.strerror}): choose another address or port"
-                    ) from exc
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE:
                 raise StartFailed(
-                    f"port {port} is taken: stop the program that uses it (`ss -ltnp 'sport = :{port}'` shows it) "
-                    f"or set GLIMPSE_TRITON_{name}_PORT"
+                    f"Triton cannot listen on {ports.host}:{port} ({exc.strerror}): choose another address or port"
                 ) from exc
+            raise StartFailed(
+                f"port {port} is taken: stop the program that uses it (`ss -ltnp 'sport = :{port}'` shows it) "
+                f"or set GLIMPSE_TRITON_{name}_PORT"
+            ) from exc

@@ -3,8 +3,8 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from service.app import proxies_of, require_keys
-from service.settings import Settings, SettingsError, read_settings
+from service.app import build, proxies_of, require_keys
+from service.settings import PREFIX, Settings, SettingsError, read_settings
 
 
 def test_defaults_serve_an_embedded_triton():
@@ -59,6 +59,44 @@ def test_a_variable_like_no_other_lists_the_known_ones():
 def test_a_wrong_value_is_named(environ, message):
     with pytest.raises(SettingsError, match=message):
         read_settings(environ)
+
+
+NUMBERS = [
+    name for name, field in Settings.model_fields.items() if field.annotation in (int, float, int | None, float | None)
+]
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan", "1e300", "1" + 300 * "0", "1" + 9_000 * "0", "-1"])
+def test_a_number_that_nothing_can_count_to_is_told(number):
+    for name in NUMBERS:
+        with pytest.raises(SettingsError, match=f"^{PREFIX}{name.upper()}: [^\\n]{{1,200}}$"):
+            read_settings({PREFIX + name.upper(): number})
+
+
+def test_every_number_is_tried():
+    assert len(NUMBERS) > 40
+    assert {"stop_grace_s", "image_ttl_s", "redis_ttl_s", "max_connections", "vision_slots"} <= set(NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://h:notaport", "its port is not a number"),
+        ("redis://h:700000", "its port is not a number"),
+        ("redis://:secret#word@h:6379", "its port is not a number"),
+        ("redis://[::1", "Invalid IPv6 URL"),
+        ("redis://h?foo=1", "an option that Redis's client does not know .*foo"),
+        ("redis://h?db=x", "'db'"),
+        ("rediss://h?ssl_cert_reqs=some", "Invalid SSL Certificate Requirements"),
+        ("redis+cluster://", "at least one node"),
+        ("redis+cluster://h:7000/3", "'db' must be 0"),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"GLIMPSE_VARIANTS": "redis"}, {"GLIMPSE_KEYS": "redis"}])
+def test_an_address_of_redis_that_cannot_be_used_is_one_line(url, said, more):
+    with pytest.raises(SettingsError, match=f"^GLIMPSE_REDIS_URL: [^\n]*{said}[^\n]*$") as caught:
+        build(read_settings({"GLIMPSE_REDIS_URL": url} | more))
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["GLIMPSE_VISION_URL", "GLIMPSE_LLM_URL"])

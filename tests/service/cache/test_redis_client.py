@@ -4,7 +4,7 @@ import pytest
 import redis.exceptions as foreign
 from structlog.testing import capture_logs
 
-from service.cache.redis_client import Lane, RedisFault, fault_of
+from service.cache.redis_client import Lane, RedisFault, connect, counters, fault_of
 
 EVERY = [
     error
@@ -79,3 +79,15 @@ def test_what_nobody_foresaw_is_a_fault_and_is_logged_with_its_traceback():
 def test_what_is_no_address_of_a_redis_is_refused(url):
     with pytest.raises(ValueError):
         Lane(url, 1.0)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("redis://h", "redis://h:", "redis://h/3", "redis://u:p%40@h", "rediss://h?ssl_cert_reqs=none", "unix:///r"),
+        *("redis+cluster://h", "redis+cluster://[::1]", "rediss+cluster://u:p@h:7000/0"),
+    ],
+)
+async def test_what_the_client_connects_to_the_counters_do_too(url):
+    connect(url)
+    counters(url)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import SettingsError, read_settings
+from service.settings import Settings, SettingsError, read_settings
 
 # What a pod gets beside Services called glimpse, glimpse-http and glimpse-redis.
 OF_KUBERNETES = {
@@ -25,6 +25,15 @@ OF_KUBERNETES = {
 
 def test_the_addresses_of_services_are_no_settings() -> None:
     assert read_settings(OF_KUBERNETES) == read_settings({})
+
+
+def test_they_are_no_settings_of_a_process_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in OF_KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLIMPSE_GRPC_PORT", "9")
+    settings = read_settings()
+    assert (settings.http_port, settings.grpc_port) == (8080, 9)
+    assert Settings().grpc_port == 8081  # only `read_settings` reads the environment
 
 
 @pytest.mark.parametrize("name", ["GLIMPSE_PORT", "GLIMPSE_SERVICE", "GLIMPSE_REDIS_HOST"])

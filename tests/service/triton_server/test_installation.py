@@ -103,6 +103,11 @@ def test_a_port_is_tried_on_its_own_host() -> None:
         check_ports(Ports(*free_ports(2), host="192.0.2.1"))
 
 
+def test_a_host_of_ipv6_where_there_is_none_is_told(without_ipv6: None) -> None:
+    with pytest.raises(StartFailed, match=r"cannot listen on ::1:\d+ \(Address family not supported"):
+        check_ports(Ports(*free_ports(2), host="::1"))
+
+
 def test_tritons_processes_give_large_blocks_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     assert Installation.find().environment().items() >= TRITON.environment().items()

@@ -31,7 +31,9 @@ COUNTERS = "glimpse:quota"  # begins the keys of counters
 CLUSTER = "+cluster"  # ends the scheme of a URL
 MOST_TOGETHER = 4  # callers in one pipeline; 16 records of 180 KB take twice as long in one pipeline as in four
 PORT = 6379  # if a URL names none
-BAD_PORT = "its port is not a number from 0 to 65535: correct it, and write /, ?, # and @ of a password as %2F, %3F, %23 and %40"
+BAD_PORT = (
+    "its port is not a number from 0 to 65535: correct it; in a password, write /, ?, # and @ as %2F, %3F, %23 and %40"
+)
 CONNECT_TIMEOUT_S = 1.0  # for the socket; callers have shorter timeouts
 
 # The first row that matches counts.
@@ -46,6 +48,10 @@ KINDS: tuple[tuple[type[BaseException], Kind], ...] = (
     (OSError, "unreachable"),
     (foreign.RedisError, "refused"),
 )
+
+
+# Redis 7.0 and later ones, of a script's command. The client has no error of its own for it.
+DENIED_IN_SCRIPT = ("The user executing the script can't", "ACL failure in script")
 
 
 class RedisFault(Exception):
@@ -66,6 +72,8 @@ def fault_of(error: BaseException) -> RedisFault:
     kind = next((kind for foreigner, kind in KINDS if isinstance(error, foreigner)), None)
     if was_closed(error):
         kind = "unreachable"
+    if kind == "refused" and any(words in str(error) for words in DENIED_IN_SCRIPT):
+        kind = "denied"
     if kind is None:  # a bug in the client: it must not fail a request, so it is only logged
         log.error("redis_client_fault", exc_info=error)
     return RedisFault(kind or "fault", str(error) or type(error).__name__)

@@ -47,7 +47,7 @@ MENDS: Mapping[Kind, str] = {
 PREFIX = f"glimpse:{VERSION}"
 TRIAL_KEY = f"{PREFIX}:trial"  # never written
 # After a claim has expired, the key may hold another gateway's claim.
-RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('UNLINK', KEYS[1]) end return 0"
 
 
 def record_key(key: FeatureKey[Any]) -> str:
@@ -221,7 +221,7 @@ class RedisTier:
             release: Command = ("EVAL", RELEASE, 1, flight_key(key), self._me)
             try:
                 if features is None:
-                    granted(*await self._writes.ask(release))
+                    self._done(*await self._writes.ask(release))
                 else:
                     await self._write(key, features, release)
             except RedisFault as fault:
@@ -235,15 +235,20 @@ class RedisTier:
                 record = await asyncio.to_thread(pack, key, features)
             else:
                 record = pack(key, features)
-            kept, _ = await self._writes.ask(
+            kept, released = await self._writes.ask(
                 ("SET", record_key(key), record, "PX", round(self.limits.ttl_s * 1e3)), release
             )
-            if isinstance(kept, RedisFault):
-                self.refused(kept)
-            else:
+            if self._done(kept):
                 result = "kept"
+            self._done(released)
         finally:
             self._metrics.feature_cache_writes.labels(result).inc()
+
+    def _done(self, reply: Reply) -> bool:
+        """Whether Redis did what was asked in the background. A refusal is counted and told."""
+        if isinstance(reply, RedisFault):
+            self.refused(reply)
+        return not isinstance(reply, RedisFault)
 
     async def _try_again(self) -> None:
         """While the breaker is open, try a lookup on the lookups' connection, so that no request waits for a trial."""

@@ -7,19 +7,27 @@ import re
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
+from service.access.key_redis import KeysInRedis
+from service.access.keys import Limits
 from service.cache import shared_images
+from service.cache.keys import FeatureKey
+from service.cache.redis_tier import flight_key
 from service.cache.shared_images import DELETED, image_in, key_of, record_of
 from service.core.errors import Overloaded, TooLarge
+from service.core.vision import IMAGE_SIZE
 from service.images import READS, InUse
 from service.media.store import Image, address_of
 from service.settings import IMAGE_ENTRY_BYTES
+from service.upstreams.store import VariantsInRedis
+from service.upstreams.variants import Variant
 from tests.service.edges.http.test_vqa import ASKED, Caller, fault
-from tests.support.fakes import House, cancelled, png, until
+from tests.support.fakes import CARD, House, cancelled, png, until
 from tests.support.keys import Keys, bearer
 from tests.support.paths import PROJECT
 from tests.support.servers import RedisServer
@@ -44,7 +52,11 @@ async def calling(**settings: object) -> AsyncIterator[Asking]:
     caller = Asking(House(**settings))
     house, running = caller.house, []
     if house.shared is not None:
-        running = [house.shared.run(), *([house.shared_images.run()] if house.shared_images else [])]
+        running = [
+            house.shared.run(),
+            house.quotas.run(),
+            *([house.shared_images.run()] if house.shared_images else []),
+        ]
         running = [asyncio.create_task(each) for each in running]
         await until(lambda: house.shared.in_use)
     try:
@@ -355,23 +367,43 @@ async def test_ids_that_no_image_can_have_are_not_remembered_as_deleted():
         assert not caller.house.pipeline.images.store.is_deleted(address_of("", "img_x"))
 
 
-async def test_the_documented_rights_suffice_for_images_and_features(redis_server):
+async def test_the_documented_rights_suffice_for_all_that_is_in_redis(redis_server):
     """Of a Redis user who may do what docs/operations.md says, and nothing else."""
     told = (PROJECT / "docs" / "operations.md").read_text()
     words = re.findall(
-        r"\b[A-Z]{3,}\b", told[told.index("The user of `GLIMPSE_REDIS_URL` needs") :].partition("; quotas")[0]
+        r"\b[A-Z]{3,}\b", told[told.index("The user of `GLIMPSE_REDIS_URL` needs") :].partition("\n- ")[0]
     )
-    assert "ZSCORE" in words
+    assert {"ZSCORE", "EVALSHA", "HDEL"} <= set(words)
     allowed = [f"+{word.lower()}" for word in words if word != "GLIMPSE"]
     redis_server.client.execute_command("ACL", "SETUSER", "glimpse", "on", ">word", "~glimpse:*", "-@all", *allowed)
     url = redis_server.url.replace("redis://", "redis://glimpse:word@")
-    settings = {"redis_url": url, "redis_timeout_s": 5.0}
+    quotas = {"quota_requests_per_minute": 100, "quota_concurrent_requests": 5}
+    settings = {"redis_url": url, "redis_timeout_s": 5.0, "redis_flight_s": 600, **quotas}
     async with calling(**settings) as one, calling(**settings) as two:
         image = await one.send(SECRET)
         assert (await two.about(image)).status_code == 200
         assert (await one.http.delete(f"/v1/images/{image}")).status_code == 200
         await until(lambda: two.house.pipeline.images.store.is_deleted(address_of("", image)))
         assert not redis_server.client.keys("glimpse:1:image:*")
+        shared, key = one.house.shared, FeatureKey(CARD.fingerprint, IMAGE_SIZE, Image.of(OTHER).digest)
+        assert await shared.find(key, 0.0) is None
+        assert redis_server.client.exists(flight_key(key))
+        shared.give_up(key)
+        await until(lambda: not redis_server.client.keys("glimpse:1:flight:*"))  # the answered question's neither
+        await until(lambda: one.house.counted("glimpse_quota_gateways") == 2)
         metrics = (await one.http.get("/metrics")).text + (await two.http.get("/metrics")).text
         faults = [line for line in metrics.splitlines() if line.startswith("glimpse_redis_errors_total{")]
         assert not [line for line in faults if not line.endswith(" 0.0")]
+        assert metrics.count("glimpse_quota_is_local 0.0") == 2
+    await keep_keys(KeysInRedis(url))
+    variant = Variant.parse("stable", {"models": "/models", "tritons": ["triton:8001"]})
+    await VariantsInRedis(url).change(lambda before: before.replaced(variant))
+    assert "stable" in (await VariantsInRedis(url).loaded()).variants
+
+
+async def keep_keys(keys: KeysInRedis) -> None:
+    """Keep and remove what `glimpse keys` keeps and removes."""
+    await keys.change(lambda before: replace(before, tenants={"acme": Limits(1)}))
+    assert (await keys.loaded()).tenants == {"acme": Limits(1)}
+    await keys.change(lambda before: replace(before, tenants={}))
+    assert (await keys.loaded()).tenants == {}

@@ -25,6 +25,8 @@ def test_every_error_of_the_client_has_a_kind(error):
     [
         (foreign.AuthenticationError("x"), "denied"),
         (foreign.NoPermissionError("x"), "denied"),
+        (foreign.ResponseError("The user executing the script can't run this command or subcommand"), "denied"),
+        (foreign.ResponseError("ACL failure in script: User x has no permissions"), "denied"),
         (foreign.OutOfMemoryError("x"), "full"),
         (foreign.ReadOnlyError("x"), "refused"),
         (foreign.BusyLoadingError("x"), "unreachable"),

@@ -476,6 +476,24 @@ async def test_a_user_that_may_not_write_is_told_with_the_commands_to_allow(redi
     assert [(line["kind"], mend in line["mend"]) for line in told] == [(kind, True)]
 
 
+async def test_a_user_that_may_not_release_a_claim_is_told_and_lookups_go_on(redis_server):
+    redis_server.client.execute_command("ACL", "SETUSER", "reader", "on", ">secret", "~*", "+@all", "-unlink")
+    url = redis_server.url.replace("//", "//reader:secret@")
+    with capture_logs() as lines:
+        async with gateway(url) as house:
+            assert await ask(house, 1) == "miss"
+            await until(lambda: errors(house, "denied") == 1)
+            assert writes(house, "kept") == 1
+            for number in range(2, 6):
+                house.shared.give_up(key(number))
+                redis_server.client.set(flight_key(key(number)), house.shared._me)
+            await until(lambda: house.shared.unwritten == 0)
+            assert await ask(house, 1) == "hit"
+            assert house.shared.in_use
+    told = [line for line in lines if line["event"] == "redis_refuses_writes"]
+    assert [(line["kind"], "UNLINK" in line["mend"]) for line in told] == [("denied", True)]
+
+
 async def test_a_fault_that_opens_no_breaker_is_told_in_one_line(redis_server):
     """The first of three in a row, and then a lookup that succeeds, over and over."""
     with capture_logs() as lines:

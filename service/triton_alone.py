@@ -7,6 +7,7 @@ repository, the log, and how long a start may take.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -52,14 +53,25 @@ def read_card(settings: Settings) -> ModelCard:
 
 async def serve(settings: Settings, ports: Ports, pool: str) -> None:
     """Serve until SIGINT or SIGTERM. Triton then ends its requests in flight. Raises StartFailed, SettingsError."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    serving = asyncio.create_task(run(settings, ports, pool))
+    told = asyncio.create_task(stopped.wait())
+    await asyncio.wait([serving, told], return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    serving.cancel()  # once: another signal must not cut Triton's end short
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+
+
+async def run(settings: Settings, ports: Ports, pool: str) -> None:
+    """Start Triton and watch it until cancelled. Raises StartFailed, SettingsError."""
     card = read_card(settings)
     chosen = choice(settings, card, gateways_elsewhere=True)
     card = card.computed_in(chosen.precision)
     models = called(pool, card)
     access = Access.choose(ports)
-    stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with (
         TritonClient(access.url, access.url, access.metadata, card.text_type) as client,
         EmbeddedTriton(
@@ -76,10 +88,7 @@ async def serve(settings: Settings, ports: Ports, pool: str) -> None:
         log.info(
             "triton_ready", address=access.url, pool=pool, model=card.name, precision=card.precision, why=chosen.why
         )
-        async with asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(triton.supervise())
-            await stopped.wait()
-            watch.cancel()
+        await triton.supervise()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -67,6 +67,19 @@ async def test_a_triton_alone_serves_its_pool_until_it_is_told_to_stop(tmp_path:
         assert process.wait(20) == 0
 
 
+@pytest.mark.servers
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_triton_that_starts_is_told_to_stop(tmp_path: Path, number: signal.Signals) -> None:
+    with alone(tmp_path, "both") as (_, process):
+        log = tmp_path / "log"
+        eventually(lambda: log.read_text(), 90, "the first line of Triton")
+        process.send_signal(number)
+        assert process.wait(20) == 0
+        assert "triton_ready" not in log.read_text()
+        assert "Traceback" not in log.read_text()
+
+
 def test_a_gateway_is_asked_with_commands(gateway: Gateway) -> None:
     assert glimpse("health", "--url", gateway.url).returncode == 0
     assert glimpse("health", "--live", "--url", gateway.url).returncode == 0

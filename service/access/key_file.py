@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from service.access.keys import Keyring, KeysError
-from service.system.files import locked, replace_file
+from service.system.files import locked, replace_file, when_unlocked
 
 Seen = tuple[int, int, int]
 
@@ -60,9 +60,15 @@ class KeyFile:
     async def change(self, how: Callable[[Keyring], Keyring]) -> None:
         """Replace the file, which need not exist yet, in one step. Only its owner may read it. Raises KeysError."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(self.path, wait=True):
-                changed = how(self.read() if self.path.exists() else Keyring())
-                replace_file(self.path, changed.to_json())
+            await when_unlocked(lambda: self._change(how))
+        except BlockingIOError as exc:
+            raise KeysError(f"{self.path} is locked by another command: try again") from exc
         except OSError as exc:
             raise KeysError(f"{self.path} cannot be written ({exc.strerror})") from exc
+
+    def _change(self, how: Callable[[Keyring], Keyring]) -> None:
+        """Raises BlockingIOError if others hold the lock, KeysError, OSError."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path):
+            changed = how(self.read() if self.path.exists() else Keyring())
+            replace_file(self.path, changed.to_json())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Protocol
 
 from service.cache.admin import opened
 from service.cache.redis_client import Lane, RedisFault, granted
-from service.system.files import locked, replace_file
+from service.system.files import locked, replace_file, when_unlocked
 from service.upstreams.variants import Variants, VariantsError
 
 IN_REDIS = "redis"  # as GLIMPSE_VARIANTS: the variants are in GLIMPSE_REDIS_URL
@@ -21,8 +20,6 @@ REPLACE = (
     "if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end redis.call('SET', KEYS[1], ARGV[2]) return 1"
 )
 ATTEMPTS = 20
-LOCK_S = 5.0  # how long a change of the file waits for another one
-LOOK_S = 0.01  # at the lock
 TIMEOUT_S = 1.0  # for one look
 
 Seen = tuple[int, int, int]  # of a file: inode, size, time of its last change
@@ -112,14 +109,10 @@ class VariantsFile:
             raise VariantsError(f"{self.path}: {exc}") from exc
 
     async def change(self, how: Callable[[Variants], Variants]) -> Variants:
-        deadline = time.monotonic() + LOCK_S
-        while True:
-            with suppress(BlockingIOError):
-                # One thread does all of it: if the caller is cancelled, the lock is held until the file is whole.
-                return await asyncio.to_thread(self._change, how)
-            if time.monotonic() > deadline:
-                raise VariantsError(f"{self.path} is locked by another command: try again")
-            await asyncio.sleep(LOOK_S)  # no thread waits: others, which follow the file, need them
+        try:
+            return await when_unlocked(lambda: self._change(how))
+        except BlockingIOError as exc:
+            raise VariantsError(f"{self.path} is locked by another command: try again") from exc
 
     def _change(self, how: Callable[[Variants], Variants]) -> Variants:
         """Raises BlockingIOError if others hold the lock, VariantsError, and what `how` raises."""

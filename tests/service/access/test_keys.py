@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import re
 import stat
@@ -20,6 +21,7 @@ from service.access.key_redis import KEYS, VERSION, KeysInRedis
 from service.access.keys import DIGEST, KeyRecord, Keyring, KeysError, Limits, digest_of, new_key
 from service.core.access import Scope
 from service.core.errors import Unauthenticated, Unavailable
+from service.system import files
 from service.telemetry.metrics import Metrics
 from tests.support.fakes import cancelled, until
 from tests.support.keys import ASKING, Keys
@@ -152,6 +154,17 @@ async def test_the_file_is_its_owners_and_is_replaced_in_one_step(tmp_path: Path
     assert set(KeyFile(file.path).read().keys) == {key_id for _, key_id, _ in made}
     assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
     assert not [path for path in file.path.parent.iterdir() if path.suffix not in (".json", ".lock")]
+
+
+async def test_a_lock_that_another_program_keeps_ends_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "LOCK_S", 0.05)
+    file = KeyFile(tmp_path / "keys.json")
+    await file.change(lambda before: before)
+    with file.path.with_name(".keys.json.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(KeysError, match=r"keys\.json is locked by another command: try again"):
+            await file.change(lambda _: Keyring())
+    await file.change(lambda before: before)
 
 
 async def test_a_change_of_the_file_is_noticed_and_a_bad_file_changes_nothing(tmp_path: Path):

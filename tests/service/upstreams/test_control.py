@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from service.core.errors import InvalidRequest, NotFound, Unavailable
 from service.core.variant import VariantsChange
-from service.upstreams import store as store_module
+from service.system import files
 from service.upstreams.control import Control
 from service.upstreams.fleet import Fleet
 from service.upstreams.store import FixedVariants, VariantsFile, VariantsInRedis
@@ -94,7 +94,7 @@ async def test_a_store_that_cannot_be_written_is_said_without_its_place(file, mo
             assert str(file.path) not in caught.value.message
             return caught.value
 
-        monkeypatch.setattr(store_module, "LOCK_S", 0.05)
+        monkeypatch.setattr(files, "LOCK_S", 0.05)
         with file.path.with_name(".variants.json.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             assert "is locked by another command" in (await refused()).cause
@@ -113,7 +113,7 @@ async def test_a_store_that_cannot_be_written_is_said_without_its_place(file, mo
 
 async def test_changes_that_wait_for_the_lock_hold_no_thread(file, monkeypatch):
     """More of them than the pool of threads has: the file is still followed."""
-    monkeypatch.setattr(store_module, "LOCK_S", 60.0)
+    monkeypatch.setattr(files, "LOCK_S", 60.0)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
     with file.path.with_name(".variants.json.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -125,15 +125,20 @@ async def test_changes_that_wait_for_the_lock_hold_no_thread(file, monkeypatch):
     await asyncio.gather(*waiting)
 
 
-def test_whoever_may_write_the_folder_may_lock(tmp_path):
-    tmp_path.chmod(0o775)
-    umask = os.umask(0o077)
-    try:
-        asyncio.run(VariantsFile(tmp_path / "variants.json").change(lambda before: before))
-    finally:
-        os.umask(umask)
-    lock, folder = (tmp_path / ".variants.json.lock").stat(), tmp_path.stat()
-    assert (lock.st_uid, lock.st_gid, lock.st_mode & 0o777) == (folder.st_uid, folder.st_gid, 0o664)
+@pytest.mark.parametrize(("folder_mode", "mode"), [(0o755, 0o600), (0o775, 0o660), (0o777, 0o666), (0o1777, 0o666)])
+def test_whoever_may_write_the_folder_may_lock_and_nobody_else(tmp_path, folder_mode, mode):
+    tmp_path.chmod(folder_mode)
+    lock_path = tmp_path / ".variants.json.lock"
+    for before in (None, 0o644):  # as earlier releases left it
+        if before is not None:
+            lock_path.chmod(before)
+        umask = os.umask(0o077)
+        try:
+            asyncio.run(VariantsFile(tmp_path / "variants.json").change(lambda before: before))
+        finally:
+            os.umask(umask)
+        lock, folder = lock_path.stat(), tmp_path.stat()
+        assert (lock.st_uid, lock.st_gid, lock.st_mode & 0o777) == (folder.st_uid, folder.st_gid, mode)
 
 
 CHANGE_AS_ANOTHER = """

@@ -21,6 +21,23 @@ from service.cache.redis_client import Command, Lane, RedisFault, granted
 
 KEYS, TENANTS, VERSION = "glimpse:{access}:keys", "glimpse:{access}:tenants", "glimpse:{access}:version"
 TIMEOUT_S = 1.0  # for one look
+GONE = b""  # in place of a value
+ATTEMPTS = 20  # of one change, while others change the keys
+# Another command may change the keys between this one's look and its write. ARGV: the version at the look, the new
+# one, and for each field its key's place, its name and its value.
+CHANGE = """
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+for at = 3, #ARGV, 3 do
+    local key = KEYS[tonumber(ARGV[at])]
+    if ARGV[at + 2] == '' then
+        redis.call('HDEL', key, ARGV[at + 1])
+    else
+        redis.call('HSET', key, ARGV[at + 1], ARGV[at + 2])
+    end
+end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+"""
 NEVER = b""  # the version before the first look
 VERSION_BITS = 62  # a counter would begin again in a Redis that was emptied; other releases' INCR still works
 LOST = (
@@ -59,13 +76,20 @@ class KeysInRedis:
         await self.lane.run()
 
     async def change(self, how: Callable[[Keyring], Keyring]) -> None:
-        """Write what `how` changes. Raises KeysError, RedisFault."""
+        """Write what `how` changes, and nothing if another change came between: `how` is then called again.
+
+        Raises KeysError, RedisFault.
+        """
+        looks: list[Command] = [("GET", VERSION), ("HGETALL", KEYS), ("HGETALL", TENANTS)]
         async with opened(self._url) as lane:
-            keys, tenants = map(granted, await lane.ask(("HGETALL", KEYS), ("HGETALL", TENANTS)))
-            before = keyring_of(keys, tenants)
-            version = ("SET", VERSION, secrets.randbits(VERSION_BITS))
-            for reply in await lane.ask(*changes(before, how(before)), version):
-                granted(reply)
+            for _ in range(ATTEMPTS):
+                version, keys, tenants = map(granted, await lane.ask(*looks))  # the version first
+                before = keyring_of(keys, tenants)
+                versions = (version or b"", secrets.randbits(VERSION_BITS))
+                script: Command = ("EVAL", CHANGE, 3, VERSION, KEYS, TENANTS, *versions, *changes(before, how(before)))
+                if granted(*await lane.ask(script)):
+                    return
+        raise KeysError("others change the keys at the same time: try again")
 
     async def loaded(self) -> Keyring:
         """Read the keys once, for a command. Raises KeysError, RedisFault."""
@@ -73,15 +97,17 @@ class KeysInRedis:
             return keyring_of(*map(granted, await lane.ask(("HGETALL", KEYS), ("HGETALL", TENANTS))))
 
 
-def changes(before: Keyring, after: Keyring) -> list[Command]:
-    """Return the commands that turn one keyring into the other. They leave what others changed meanwhile."""
-    commands: list[Command] = []
-    for name, old, new in ((KEYS, before.keys, after.keys), (TENANTS, before.tenants, after.tenants)):
-        commands += [
-            ("HSET", name, each, orjson.dumps(told.told())) for each, told in new.items() if old.get(each) != told
-        ]
-        commands += [("HDEL", name, each) for each in old if each not in new]
-    return commands
+def changes(before: Keyring, after: Keyring) -> list[str | bytes | int]:
+    """Return what turns one keyring into the other: for each field the key's place in CHANGE, its name and value."""
+    found: list[str | bytes | int] = []
+    for place, old, new in ((2, before.keys, after.keys), (3, before.tenants, after.tenants)):
+        for each, told in new.items():
+            if old.get(each) != told:
+                found += [place, each, orjson.dumps(told.told())]
+        for each in old:
+            if each not in new:
+                found += [place, each, GONE]
+    return found
 
 
 def keyring_of(keys: dict[bytes, bytes], tenants: dict[bytes, bytes]) -> Keyring:

@@ -13,14 +13,10 @@ import httpx
 import typer
 
 from service.cli.client import IMAGE_SUFFIXES, AskFailed, connected, plain_words, read_image, successful
-from service.cli.options import Url, url_of
+from service.cli.options import RedisUrl, Url, redis_url_of, url_of
 from service.cli.terminal import fail, require
 
 T = TypeVar("T")
-
-RedisUrl = Annotated[
-    str, typer.Option(envvar="GLIMPSE_REDIS_URL", help="redis://[[user]:password@]host:port/db of the gateways.")
-]
 
 TRIES = 5  # for one image, if the service answers 429
 
@@ -28,7 +24,7 @@ app = typer.Typer(help="Manage the vision features that gateways share.", no_arg
 
 
 @app.command()
-def stats(redis_url: RedisUrl) -> None:
+def stats(redis_url: RedisUrl = None) -> None:
     """Show the features in Redis, by vision encoder.
 
     \b
@@ -37,7 +33,7 @@ def stats(redis_url: RedisUrl) -> None:
     require("redis", "serve")
     from service.cache import admin as cache_admin  # noqa: PLC0415
 
-    found = in_redis(cache_admin.stats(redis_url))
+    found = in_redis(cache_admin.stats(named(redis_url)))
     bound = f"of {megabytes(found.max_bytes)}, {found.policy}" if found.max_bytes else "without a bound (maxmemory 0)"
     typer.echo(f"Redis {found.version} uses {megabytes(found.used_bytes)} {bound}; {found.evicted_keys} keys evicted")
     for fingerprint, kept in sorted(found.kept.items()):
@@ -48,7 +44,7 @@ def stats(redis_url: RedisUrl) -> None:
 
 @app.command()
 def purge(
-    redis_url: RedisUrl,
+    redis_url: RedisUrl = None,
     fingerprint: Annotated[
         str | None, typer.Option(help="Only this vision encoder's features; `stats` and GET /v1/models show its name.")
     ] = None,
@@ -62,7 +58,7 @@ def purge(
     require("redis", "serve")
     from service.cache import admin as cache_admin  # noqa: PLC0415
 
-    typer.echo(f"{in_redis(cache_admin.purge(redis_url, fingerprint))} views of images deleted")
+    typer.echo(f"{in_redis(cache_admin.purge(named(redis_url), fingerprint))} views of images deleted")
 
 
 @app.command()
@@ -114,6 +110,13 @@ def encode(client: httpx.Client, path: Path) -> str:
         return str(successful(response).json()["vision"]["cache"])
     except AskFailed as exc:
         return str(exc)
+
+
+def named(redis_url: str | None) -> str:
+    """End the command if no Redis is named."""
+    return redis_url_of(redis_url) or fail(
+        "name the Redis with --redis-url, GLIMPSE_REDIS_URL or GLIMPSE_REDIS_URL_FILE"
+    )
 
 
 def in_redis(asked: Coroutine[Any, Any, T]) -> T:

@@ -9,7 +9,7 @@ import typer
 
 from service.cli.client import AskFailed, connected, plain_words
 from service.cli.measuring import Sample, measure
-from service.cli.options import Detail, Fit, Url, budget, url_of
+from service.cli.options import Detail, Fit, Url, budget, url_of, utf8
 from service.cli.terminal import require
 from service.core.frames import MAX_FRAMES
 
@@ -35,6 +35,7 @@ def evaluate(
             help='What is asked, such as "{question} Answer in one word."  [default: the question as it is; for '
             'captions "describe the image."]',
             show_default=False,
+            callback=utf8,
         ),
     ] = None,
     max_tokens: Annotated[

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from service.cli.options import RedisUrl, redis_url_of, utf8
 from service.cli.terminal import fail, finished, require
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 DAY_S = 86_400.0
 FILE = "keys.json"
+MOST = 10**15  # of a limit, as of a setting: see service/settings.py
+MOST_DAYS = 36_525  # a century
+NONE = 0  # in place of a limit: the default counts again
 
 
 class ScopeName(StrEnum):
@@ -38,14 +42,24 @@ Place = Annotated[
     str,
     typer.Option("--keys", envvar="GLIMPSE_KEYS", help="The file of the keys, or redis for GLIMPSE_REDIS_URL."),
 ]
-RedisUrl = Annotated[str | None, typer.Option(envvar="GLIMPSE_REDIS_URL", help="The Redis of --keys redis.")]
-Requests = Annotated[int | None, typer.Option("--requests", min=1, help="Most requests a minute.")]
-Images = Annotated[int | None, typer.Option("--images", min=1, help="Most images a minute.")]
-VisualTokens = Annotated[int | None, typer.Option("--visual-tokens", min=1, help="Most visual tokens a minute.")]
-GeneratedTokens = Annotated[
-    int | None, typer.Option("--generated-tokens", min=1, help="Most generated tokens a minute.")
-]
-Concurrent = Annotated[int | None, typer.Option("--concurrent", min=1, help="Most requests at once.")]
+Limit = partial(typer.Option, min=1, max=MOST)
+Requests = Annotated[int | None, Limit("--requests", help="Most requests a minute.")]
+Images = Annotated[int | None, Limit("--images", help="Most images a minute.")]
+VisualTokens = Annotated[int | None, Limit("--visual-tokens", help="Most visual tokens a minute.")]
+GeneratedTokens = Annotated[int | None, Limit("--generated-tokens", help="Most generated tokens a minute.")]
+Concurrent = Annotated[int | None, Limit("--concurrent", help="Most requests at once.")]
+
+
+def changed_limit(text: str) -> int:
+    """Read a limit, or `none` as NONE. Raises typer.BadParameter."""
+    if text.lower() == "none":
+        return NONE
+    if not text.isdecimal() or not 1 <= int(text[:20]) <= MOST:
+        raise typer.BadParameter(f"{text!a} is no limit: write a whole number from 1 to {MOST:,}, or none")
+    return int(text)
+
+
+ChangedLimit = partial(typer.Option, parser=changed_limit, metavar="NUMBER|none", show_default=False)
 
 app = typer.Typer(help="Manage the API keys of a service.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -56,8 +70,10 @@ def create(
     scope: Annotated[
         list[ScopeName] | None, typer.Option(help="What it allows; may be repeated [default: ask and upload].")
     ] = None,
-    days: Annotated[float | None, typer.Option(min=0, help="Days until it expires [default: it does not].")] = None,
-    note: Annotated[str, typer.Option(help="A note for you.")] = "",
+    days: Annotated[
+        float | None, typer.Option(min=0, max=MOST_DAYS, help="Days until it expires [default: it does not].")
+    ] = None,
+    note: Annotated[str, typer.Option(help="A note for you.", callback=utf8)] = "",
     requests: Requests = None,
     images: Images = None,
     visual_tokens: VisualTokens = None,
@@ -74,7 +90,7 @@ def create(
       glimpse keys create --tenant acme --days 30 --requests 100
     """
     require("orjson", "serve")
-    from service.access.keys import KeyRecord, Keyring, KeysError, new_key, parsed_tenant  # noqa: PLC0415
+    from service.access.keys import KeyRecord, Keyring, new_key, parsed_tenant  # noqa: PLC0415
     from service.core.access import Scope  # noqa: PLC0415
 
     key, key_id, digest = new_key()
@@ -82,8 +98,6 @@ def create(
     limits = limits_of(requests, images, visual_tokens, generated_tokens, concurrent)
 
     def added(before: Keyring) -> Keyring:
-        if days is not None and not math.isfinite(days):  # JSON has no such number: the key would never expire
-            raise KeysError(f"--days is {days}: give a finite number, or leave it out")
         record = KeyRecord(
             id=key_id,
             sha256=digest,
@@ -136,26 +150,39 @@ def revoke(
 @app.command()
 def limit(
     tenant: Annotated[str, typer.Argument(help="The tenant.")],
-    requests: Requests = None,
-    images: Images = None,
-    visual_tokens: VisualTokens = None,
-    generated_tokens: GeneratedTokens = None,
-    concurrent: Concurrent = None,
+    requests: Annotated[int | None, ChangedLimit("--requests", help="Most requests a minute.")] = None,
+    images: Annotated[int | None, ChangedLimit("--images", help="Most images a minute.")] = None,
+    visual_tokens: Annotated[int | None, ChangedLimit("--visual-tokens", help="Most visual tokens a minute.")] = None,
+    generated_tokens: Annotated[
+        int | None, ChangedLimit("--generated-tokens", help="Most generated tokens a minute.")
+    ] = None,
+    concurrent: Annotated[int | None, ChangedLimit("--concurrent", help="Most requests at once.")] = None,
     keys: Place = FILE,
     redis_url: RedisUrl = None,
 ) -> None:
-    """Set a tenant's limits in place of the service's defaults. Without options, it has the defaults again."""
-    require("orjson", "serve")
-    from service.access.keys import parsed_tenant  # noqa: PLC0415
+    """Set some of a tenant's limits in place of the service's defaults. The tenant's other limits stay.
 
-    limits = limits_of(requests, images, visual_tokens, generated_tokens, concurrent)
+    The word none takes a limit away: the default counts again. Without options, all are taken away.
+
+    \b
+      glimpse keys limit acme --requests 100
+      glimpse keys limit acme --images 50 --requests none
+    """
+    require("orjson", "serve")
+    from service.access.keys import Limits, parsed_tenant  # noqa: PLC0415
+
+    given = limits_of(requests, images, visual_tokens, generated_tokens, concurrent)
+    result = Limits()
 
     def changed(before: Keyring) -> Keyring:
+        nonlocal result
+        result = given.over(before.tenants.get(tenant, Limits())) if given else Limits()
+        result = Limits(**{name: value for name, value in result.told().items() if value != NONE})
         others = {name: told for name, told in before.tenants.items() if name != tenant}
-        return replace(before, tenants=others | ({parsed_tenant(tenant): limits} if limits else {}))
+        return replace(before, tenants=others | ({parsed_tenant(tenant): result} if result else {}))
 
     said(place_of(keys, redis_url).change(changed))
-    typer.echo(f"{tenant}: {words_of(limits)}")
+    typer.echo(f"{tenant}: {words_of(result)}")
 
 
 def limits_of(
@@ -172,13 +199,14 @@ def place_of(keys: str, redis_url: str | None) -> KeyFile | KeysInRedis:
 
     if keys != "redis":
         return KeyFile(Path(keys))
-    if not redis_url:
-        fail("--keys is redis: name the Redis with --redis-url or GLIMPSE_REDIS_URL")
+    address = redis_url_of(redis_url)
+    if not address:
+        fail("--keys is redis: name the Redis with --redis-url, GLIMPSE_REDIS_URL or GLIMPSE_REDIS_URL_FILE")
     require("redis", "serve")
     from service.access.key_redis import KeysInRedis  # noqa: PLC0415
 
     try:
-        return KeysInRedis(redis_url)
+        return KeysInRedis(address)
     except ValueError as exc:
         fail(f"--redis-url: {exc}")
 
@@ -211,4 +239,7 @@ def words_of(limits: Limits) -> str:
 
 
 def day(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):  # a file can say any number
+        return "after the year 9999" if seconds > 0 else "before the year 1"

@@ -18,6 +18,7 @@ from service.cli.ask import ask
 from service.cli.completion import NAME, completion, prepare
 from service.cli.cost import cost
 from service.cli.evaluate import evaluate
+from service.cli.options import utf8
 from service.cli.probes import canary, health
 from service.cli.terminal import become, run
 
@@ -69,7 +70,7 @@ def serve(
 
 @app.command()
 def triton(
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", callback=utf8)] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of gRPC.")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Triton's metrics.")] = 8002,
     pool: Annotated[

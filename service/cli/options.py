@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from service.cli.terminal import fail
 from service.core.viewport import FAR_FROM_SQUARE, AskedFit
-from service.system.environment import with_platform
+from service.system.environment import SecretFileError, with_platform, with_secrets
 
+REDIS_URL = "GLIMPSE_REDIS_URL"
+
+
+def utf8(given: Any) -> Any:
+    """Check a text that is kept or sent: JSON holds no other. Raises typer.BadParameter."""
+    for text in given if isinstance(given, list) else [given]:
+        if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of another kind
+            raise typer.BadParameter(f"{text!a} is not UTF-8 text")
+    return given
+
+
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        envvar=REDIS_URL,
+        callback=utf8,
+        help=f"redis://[[user]:password@]host:port/db of the gateways [default: what the file of {REDIS_URL}_FILE "
+        "says].",
+        show_default=False,
+    ),
+]
 Url = Annotated[
     str | None,
     typer.Option(
@@ -39,6 +61,17 @@ def url_of(given: str | None) -> str:
         host = "127.0.0.1"
     port = with_platform(os.environ).get("GLIMPSE_HTTP_PORT") or "8080"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def redis_url_of(given: str | None) -> str | None:
+    """The given address, else that of the environment, where it may stand in a file. Ends the command if it cannot be
+    read."""
+    if given and given != os.environ.get(REDIS_URL):
+        return given
+    try:
+        return with_secrets(os.environ, [REDIS_URL]).get(REDIS_URL) or None
+    except SecretFileError as exc:
+        fail(str(exc))
 
 
 def budget(

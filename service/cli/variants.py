@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from service.cli.options import RedisUrl, redis_url_of, utf8
 from service.cli.terminal import fail, finished, require
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ Url = Annotated[
     str | None,
     typer.Option(help="A gateway to ask in place of --variants. GLIMPSE_API_KEY is a key with the scope admin."),
 ]
-RedisUrl = Annotated[str | None, typer.Option(envvar="GLIMPSE_REDIS_URL", help="The Redis of --variants redis.")]
-Name = Annotated[str, typer.Argument(help="The variant's name.")]
+Name = Annotated[str, typer.Argument(help="The variant's name.", callback=utf8)]
 
 app = typer.Typer(
     help="Manage variants: named sets of models, each with its Tritons. Running gateways follow a change within a "
@@ -51,10 +51,16 @@ def list_variants(url: Url = None, variants: Place = FILE, redis_url: RedisUrl =
 @app.command()
 def add(
     name: Name,
-    models: Annotated[str, typer.Option(help="Folder of its model repository, as every gateway sees it.")],
-    triton: Annotated[list[str] | None, typer.Option(help="HOST:PORT of a Triton; may be repeated.")] = None,
-    vision: Annotated[list[str] | None, typer.Option(help="Likewise, of the vision models only.")] = None,
-    llm: Annotated[list[str] | None, typer.Option(help="Likewise, of the LLM only.")] = None,
+    models: Annotated[
+        str, typer.Option(help="Folder of its model repository, as every gateway sees it.", callback=utf8)
+    ],
+    triton: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of a Triton; may be repeated.", callback=utf8)
+    ] = None,
+    vision: Annotated[
+        list[str] | None, typer.Option(help="Likewise, of the vision models only.", callback=utf8)
+    ] = None,
+    llm: Annotated[list[str] | None, typer.Option(help="Likewise, of the LLM only.", callback=utf8)] = None,
     weight: Annotated[
         float | None,
         typer.Option(
@@ -91,7 +97,9 @@ def add(
 
 @app.command()
 def weights(
-    given: Annotated[list[str], typer.Argument(metavar="NAME=WEIGHT...", help="Weights, such as stable=95 next=5.")],
+    given: Annotated[
+        list[str], typer.Argument(metavar="NAME=WEIGHT...", help="Weights, such as stable=95 next=5.", callback=utf8)
+    ],
     url: Url = None,
     variants: Place = FILE,
     redis_url: RedisUrl = None,
@@ -146,10 +154,11 @@ def place_of(variants: str, redis_url: str | None) -> VariantsFile | VariantsInR
 
     if variants != IN_REDIS:
         return VariantsFile(Path(variants))
-    if not redis_url:
-        fail("--variants is redis: name the Redis with --redis-url or GLIMPSE_REDIS_URL")
+    address = redis_url_of(redis_url)
+    if not address:
+        fail("--variants is redis: name the Redis with --redis-url, GLIMPSE_REDIS_URL or GLIMPSE_REDIS_URL_FILE")
     try:
-        return VariantsInRedis(redis_url)
+        return VariantsInRedis(address)
     except ValueError as exc:
         fail(f"--redis-url: {exc}")
 

@@ -73,7 +73,7 @@ async def test_a_triton_alone_serves_its_pool_until_it_is_told_to_stop(tmp_path:
 def test_a_triton_that_starts_is_told_to_stop(tmp_path: Path, number: signal.Signals) -> None:
     with alone(tmp_path, "both") as (_, process):
         log = tmp_path / "log"
-        eventually(lambda: log.read_text(), 90, "the first line of Triton")
+        eventually(log.read_text, 90, "the first line of Triton")
         process.send_signal(number)
         assert process.wait(20) == 0
         assert "triton_ready" not in log.read_text()

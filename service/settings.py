@@ -129,9 +129,8 @@ class Settings(BaseSettings):
     probe_timeout_s: float = Field(5.0, gt=0)  # for such an inference; a longer one counts as failed
 
     # Limits of one request.
-    max_image_bytes: int = Field(
-        20_000_000, gt=0, le=1_500_000_000
-    )  # of one image, video or document; beyond it, 413. gRPC bounds it
+    # Most bytes of one image, video or document; beyond it, 413. The limit is gRPC's.
+    max_image_bytes: int = Field(20_000_000, gt=0, le=1_500_000_000)
     max_image_pixels: int = Field(50_000_000, gt=0)  # width times height of one image; beyond it, 413
     max_question_chars: int = Field(2_000, gt=0)  # of a question with its earlier turns; beyond it, 400
     body_timeout_s: float = Field(30.0, gt=0)  # for the whole body to arrive

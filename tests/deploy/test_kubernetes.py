@@ -21,6 +21,7 @@ from typer.main import get_command
 from service.admission.quota import UNITS
 from service.admission.scheduler import Kind, Resource
 from service.cli.main import app
+from service.edges.grpc.stubs import vqa_pb2
 from service.edges.http import operations
 from service.settings import Settings, read_settings, secret_names
 from service.triton_server.supervision import EXIT_TIMEOUT_S
@@ -55,6 +56,7 @@ LABELS = {
 }
 GATEWAY_PORTS = {"http": Settings().http_port, "grpc": Settings().grpc_port}
 TRITON_PORTS = {"grpc": 8001, "metrics": 8002}
+GRPC_SERVICE = vqa_pb2.DESCRIPTOR.services_by_name["VisualQuestionAnswering"].full_name
 ROUTES = {route.path for route in operations.router.routes}  # type: ignore[attr-defined]
 NAMESPACE, MONITORING, ELSEWHERE = "glimpse", "monitoring", "somebody-else-s"
 STRANGER = {"app": "somebody-else"}
@@ -434,6 +436,27 @@ def faults_of_network(found: list[Object]) -> list[str]:
     return faults
 
 
+def faults_of_routes(found: list[Object]) -> list[str]:
+    """The front door takes keys by TLS alone, leads to every port of the gateways and cuts no answer."""
+    faults = []
+    for door in of_kind(found, "Gateway").values():
+        faults += [f"{name(door)}: {each['name']} takes keys in clear text"
+                   for each in door["spec"]["listeners"] if each["protocol"] != "HTTPS" or "tls" not in each]  # fmt: skip
+    for route in of_kind(found, "HTTPRoute").values():
+        reached = set()
+        for rule in route["spec"]["rules"]:
+            (match,) = rule["matches"]
+            path, ports = match["path"]["value"], {backend["port"] for backend in rule["backendRefs"]}
+            reached |= ports
+            if rule.get("timeouts", {}).get("request") != "0s":
+                faults.append(f"{name(route)}: {path} is cut after the door's own timeout")
+            if ports != ({GATEWAY_PORTS["grpc"]} if path == f"/{GRPC_SERVICE}" else {GATEWAY_PORTS["http"]}):
+                faults.append(f"{name(route)}: {path} leads to {ports}")
+        if reached != set(GATEWAY_PORTS.values()):
+            faults.append(f"{name(route)} leads to {reached} alone")
+    return faults
+
+
 def faults_of_metrics(found: list[Object]) -> list[str]:
     """KEDA's queries give one element, of metrics and label values that exist."""
     faults = []
@@ -511,6 +534,7 @@ CHECKS: tuple[Callable[[list[Object]], list[str]], ...] = (
     faults_of_environment,
     faults_of_ports,
     faults_of_probes,
+    faults_of_routes,
     faults_of_metrics,
     faults_of_open_metrics,
     faults_of_the_drain,
@@ -553,6 +577,12 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/canary.yaml", "glimpse, canary", "glimpse, bird", "no command glimpse bird"),
         ("base/monitoring.yaml", "endpoints:", "endpoint:", "endpoints"),
         ("base/routes.yaml", "weight: 100", "weight: -1", "-1 is less"),
+        ("base/routes.yaml", "timeouts:\n        request: 0s\n", "timeouts: {}\n", "/glimpse.v1.VisualQuestionAnswering is cut"),
+        ("base/routes.yaml", "request: 0s #", "request: 15s #", "/v1 is cut"),
+        ("base/routes.yaml", "request: 0s #", "requests: 0s #", "requests"),
+        ("base/routes.yaml", "protocol: HTTPS", "protocol: HTTP", "in clear text"),
+        ("base/routes.yaml", "certificateRefs:", "certificates:", "certificates"),
+        ("base/routes.yaml", "/glimpse.v1.Vis", "/glimpse.v2.Vis", "/glimpse.v2.VisualQuestionAnswering leads to {8081}"),
         ("base/redis.yaml", "redis:7.2-bookworm", "redis:latest", "no version"),
         ("base/gateway/deployment.yaml", "path: /health/ready", "path: /ready", "readinessProbe asks /ready"),
         ("base/gateway/deployment.yaml", "port: http\n            periodSeconds: 5", "port: web", "asks port web"),
@@ -669,10 +699,22 @@ def test_the_canary_is_a_set_of_its_own_behind_a_service_of_its_own():
     assert not stable.items() <= pod["metadata"]["labels"].items()
     route = yaml.safe_load((KUBERNETES / "canary" / "route.yaml").read_text())
     assert faults_of_schemas([route]) == []
-    backends = {each["name"]: each["weight"] for each in route["spec"]["rules"][0]["backendRefs"]}
+    assert faults_of_routes([route]) == []
     services = {**of_kind(objects("overlays/cpu"), "Service"), **of_kind(objects("canary"), "Service")}
-    assert backends == {"glimpse-gateway": 90, "glimpse-gateway-canary": 10}
-    assert backends.keys() <= services.keys()
+    for rule in route["spec"]["rules"]:
+        backends = {each["name"]: each["weight"] for each in rule["backendRefs"]}
+        assert backends == {"glimpse-gateway": 90, "glimpse-gateway-canary": 10}
+        assert not [each for each in rule["backendRefs"] if leads_nowhere(services, each["name"], each["port"])]
+
+
+def test_only_a_component_for_trials_opens_the_front_door_without_tls(tmp_path: Path):
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    mine = tmp_path / "kubernetes" / "overlays" / "mine"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text("resources: [../cpu]\ncomponents: [../../plain-http]\n")
+    found = rendered(mine)
+    faults = [fault for check in (*CHECKS, *CHECKS_OF_THE_WHOLE) for fault in check(found)]
+    assert faults == ["Gateway glimpse: http takes keys in clear text"]
 
 
 def test_gpu_pools_ask_for_gpus_and_cpu_pools_for_none():

@@ -461,8 +461,12 @@ def faults_of_metrics(found: list[Object]) -> list[str]:
     """KEDA's queries give one element, of metrics and label values that exist."""
     faults = []
     for scaled in of_kind(found, "ScaledObject").values():
+        if scaled["spec"]["fallback"].get("behavior") != "currentReplicasIfHigher":
+            faults.append(f"{name(scaled)} shrinks if metrics are missing")
         for trigger in scaled["spec"].get("triggers", ()):
             query = trigger["metadata"]["query"]
+            if trigger["metadata"].get("ignoreNullValues") != "false":
+                faults.append(f"{name(scaled)} takes metrics that are missing for no load")
             unknown = metrics_in(query) - known_metrics() - METRICS_OF_TENSORRT_LLM
             faults += [f"{name(scaled)}: there is no metric {metric}" for metric in unknown]
             for label, chosen in re.findall(r'(\w+)=~?"([^"]+)"', query):
@@ -571,6 +575,10 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/vision.yaml", "single_image|multi", "one_image|multi", "no series has kind=one_image"),
         ("base/vision.yaml", "query: sum(", "query: max by (x) (", "several elements"),
         ("base/vision.yaml", "triggers:", "trigger:", "triggers"),
+        ("base/vision.yaml", "ignoreNullValues:", "ignoreNull:", "Object glimpse-vision takes metrics that are missing for no"),
+        ("base/llm.yaml", 'Values: "false"', 'Values: "true"', "Object glimpse-llm takes metrics that are missing for no"),
+        ("overlays/gpu/scaling.yaml", 'Values: "false"', 'Values: "true"', "takes metrics that are missing for no load"),
+        ("base/llm.yaml", "behavior: currentReplicasIfHigher", "behavior: static", "shrinks if metrics are missing"),
         ("base/llm.yaml", "cooldownPeriod", "coolDownPeriod", "coolDownPeriod"),
         ("base/monitoring.yaml", "jobLabel", "joblabel", "joblabel"),
         ("base/llm.yaml", 'threshold: "6144"', "threshold: 6144", "6144 is not of type 'string'"),
@@ -659,6 +667,8 @@ def test_the_readme_s_overlay_takes_images_from_a_registry(tmp_path: Path):
     ours = {container["image"] for where, container in containers(found) if where != "Deployment glimpse-redis"}
     assert ours == {line.split()[1] for line in said.splitlines() if line.startswith("push")}
     assert ours == {"REGISTRY/glimpse/gateway:0.1.0", "REGISTRY/glimpse/triton-cpu:0.1.0"}
+    for monitor in of_kind(found, "ServiceMonitor").values():
+        assert monitor["metadata"]["labels"]["release"] == "kube-prometheus-stack"
 
 
 def test_the_readme_s_canary_takes_its_image_from_the_registry_and_on_gpus_the_engines(tmp_path: Path):
@@ -690,6 +700,7 @@ def test_the_readme_s_commands_make_objects_of_the_rules(tmp_path: Path):
     assert [each["spec"] for each in kept] == [yaml.safe_load(path.read_text()) for path in files]
     for each in kept:
         assert each["kind"] == "PrometheusRule"
+        assert each["metadata"]["labels"] == {"release": "kube-prometheus-stack"}  # else the chart's Prometheus reads none
         assert re.fullmatch(r"glimpse-[a-z-]+", each["metadata"]["name"])
 
 

@@ -204,8 +204,9 @@ class Metrics:
         )
         self.keys = self._gauge("keys", "API keys in use, expired ones included.")
         self.keys_readable = self._gauge(
-            "keys_readable", "1 while the API keys can be read; at 0 the last ones stay in use."
+            "keys_readable", "1 while the API keys can be read or none are configured; at 0 the last ones stay in use."
         )
+        self.keys_readable.set(1)
         self.keys_refused = self._counter(
             "keys_refused",
             "Requests with a missing or wrong API key, by code: missing_api_key, invalid_api_key, expired_api_key.",

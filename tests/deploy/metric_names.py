@@ -13,8 +13,10 @@ from tests.support.paths import PROJECT
 # Of other programs: Prometheus itself, kube-state-metrics, the kubelet.
 FOREIGN = {
     "up",
+    "kube_cronjob_created",
     "kube_cronjob_status_last_successful_time",
     "kube_deployment_spec_replicas",
+    "kube_deployment_status_replicas_unavailable",
     "kube_pod_deletion_timestamp",
     "container_memory_working_set_bytes",
     "container_spec_memory_limit_bytes",

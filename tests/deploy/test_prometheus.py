@@ -143,8 +143,8 @@ CAUSES = [
     *pair(
         "GlimpseTritonDown",
         10,
-        {'up{instance="t:8002", job="triton"}': "0x10"},
-        {'up{instance="t:8002", job="triton"}': "1x10"},
+        {'up{instance="t:8002", job="triton"}': "1x4 0x10"},
+        {'up{instance="t:8002", job="triton"}': "0x10"},  # its models are loaded
         {"instance": "t:8002", "job": "triton"},
     ),
     *pair(
@@ -154,6 +154,13 @@ CAUSES = [
         {'up{instance="two:8002", job="triton"}': "1x14 stale 1x10"},
         {"job": "triton"},
         rest={'up{instance="one:8002", job="triton"}': "1x30"},
+    ),
+    *pair(
+        "GlimpsePodNotReady",
+        40,
+        {'kube_deployment_status_replicas_unavailable{deployment="glimpse-llm"}': "0x5 1x40"},
+        {'kube_deployment_status_replicas_unavailable{deployment="glimpse-llm"}': "0x5 1x15 0x20"},
+        {"deployment": "glimpse-llm"},
     ),
     *pair(
         "GlimpseModelDead",
@@ -185,6 +192,43 @@ CAUSES = [
         {'kube_cronjob_status_last_successful_time{cronjob="glimpse-canary"}': "1500x30"},
         {"cronjob": "glimpse-canary"},
     ),
+    *pair(  # one that has had no answer yet
+        "GlimpseCanaryFailing",
+        30,
+        {'kube_cronjob_created{cronjob="glimpse-canary", namespace="glimpse"}': "600x30"},
+        {'kube_cronjob_created{cronjob="glimpse-canary", namespace="glimpse"}': "1500x30"},
+        {"cronjob": "glimpse-canary", "namespace": "glimpse"},
+    ),
+    Case(
+        "GlimpseCanaryFailing",
+        "GlimpseCanaryFailing is silent after an answer, however old the job is",
+        30,
+        {
+            'kube_cronjob_created{cronjob="glimpse-canary", namespace="glimpse"}': "0x30",
+            'kube_cronjob_status_last_successful_time{cronjob="glimpse-canary", namespace="glimpse"}': "1500x30",
+        },
+    ),
+    *pair(
+        "GlimpseKeysNotRead",
+        10,
+        {f"glimpse_keys_readable{{{HOST}}}": "1x4 0x10"},
+        {f"glimpse_keys_readable{{{HOST}}}": "1x8 0x1 1x10"},
+        GATEWAY,
+    ),
+    *pair(
+        "GlimpseVariantsNotRead",
+        20,
+        {f"glimpse_variants_readable{{{HOST}}}": "1x4 0x20"},
+        {f"glimpse_variants_readable{{{HOST}}}": "0x4 1x20"},
+        GATEWAY,
+    ),
+    *pair(
+        "GlimpseQuotaIsLocal",
+        20,
+        {f"glimpse_quota_is_local{{{HOST}}}": "0x4 1x20"},
+        {f"glimpse_quota_is_local{{{HOST}}}": "0x4 1x4 0x20"},
+        GATEWAY,
+    ),
     *pair(
         "GlimpseRedisDown",
         10,
@@ -203,9 +247,24 @@ CAUSES = [
     *pair(
         "GlimpseQueueGrowing",
         40,
-        {f'glimpse_requests_waiting{{kind="single_image", {HOST}}}': "0+2x60"},
-        {f'glimpse_requests_waiting{{kind="single_image", {HOST}}}': "30x60"},
+        {f'glimpse_requests_waiting{{kind="single_image", {HOST}}}': "0x10 30x60"},  # a plateau
+        {f'glimpse_requests_waiting{{kind="single_image", {HOST}}}': "0x10 15x60"},
         {},
+        rest={f"up{{{HOST}}}": "1x60"},
+    ),
+    Case(
+        "GlimpseQueueGrowing",
+        "GlimpseQueueGrowing is silent if as many wait for two gateways",
+        40,
+        {f'glimpse_requests_waiting{{kind="single_image", {HOST}}}': "0x10 30x60"},
+        rest={f"up{{{HOST}}}": "1x60", 'up{instance="h:8080", job="glimpse"}': "1x60"},
+    ),
+    Case(
+        "GlimpseQueueGrowing",
+        "GlimpseQueueGrowing is silent after a burst",
+        40,
+        {f'glimpse_requests_waiting{{kind="single_image", {HOST}}}': "0x33 90x4 0x20"},
+        rest={f"up{{{HOST}}}": "1x60"},
     ),
     *pair(
         "GlimpseRefusing",
@@ -308,6 +367,22 @@ def test_amtool_accepts_the_alertmanager_and_refuses_a_broken_copy(tmp_path):
     assert run("amtool", "check-config", str(path), cwd=tmp_path) == ""
     (tmp_path / "broken.yml").write_text(path.read_text().replace("receiver: pages", "receiver: nobody"))
     assert "undefined receiver" in run("amtool", "check-config", "broken.yml", cwd=tmp_path)
+
+
+def inhibitors_of(alert: str) -> dict[str, list[str]]:
+    """{the alert that keeps this one quiet: the labels that both must have alike}."""
+    rules = yaml.safe_load((PROJECT / "deploy" / "alertmanager" / "alertmanager.yml").read_text())["inhibit_rules"]
+    return {
+        source: rule.get("equal", [])
+        for rule in rules
+        if any(re.fullmatch(rf'alertname=~?"(.*\|)?{alert}(\|.*)?"', target) for target in rule["target_matchers"])
+        for source in re.findall(r'alertname="(\w+)"', " ".join(rule["source_matchers"]))
+    }
+
+
+def test_an_alert_of_one_glimpse_keeps_none_of_another_quiet():
+    assert inhibitors_of("GlimpseModelDead") == {"GlimpseTritonDown": ["namespace"]}
+    assert inhibitors_of("GlimpseQuotaIsLocal") == {"GlimpseRedisDown": ["namespace", "instance"]}
 
 
 @pytest.mark.slow

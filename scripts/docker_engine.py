@@ -1,10 +1,13 @@
 """Start a Docker engine of our own, and leave nothing of it: for machines on which none runs. Linux, as root."""
 
 import contextlib
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -26,6 +29,8 @@ FORWARDING = "/proc/sys/net/ipv4/ip_forward"
 FOLDERS, PREFIX = "/var/tmp", "glimpse-dk"
 ENOUGH_MEMORY = 12 << 30  # for files of 5 GB and containers of 3
 LISTERS = ("iptables-save", "ip6tables-save")
+RECORD = "before.json"  # in the engine's folder: what was there before, for a later run if this one is killed
+BRIDGES = r"docker0|br-[0-9a-f]{12}"  # Docker's names: an operator's may be br-lan
 
 
 class NoEngine(Exception):
@@ -86,7 +91,7 @@ class Engine:
             if os.path.exists(self.folder):
                 found.append(f"the folder {self.folder}")
             for lister, before in self._rules.items():
-                found += [f"{lister}: {rule}" for rule in rules(lister) if rule not in before and is_dockers(rule)]
+                found += [f"{lister}: {rule}" for rule in added_rules(lister, before)]
         return found
 
     def _begin(self):
@@ -100,6 +105,7 @@ class Engine:
         self._rules = {lister: rules(lister) for lister in LISTERS}
         with open(FORWARDING, encoding="ascii") as value:
             self._forwarding = value.read()
+        write_record(self.folder, self._rules, self._interfaces)
         self.address = f"unix://{self.folder}/docker.sock"
         command = [
             "setpriv", "--pdeathsig", "TERM",  # so that a killed test leaves no engine that runs
@@ -182,15 +188,41 @@ def last_words(log):
 
 
 def remove_what_killed_runs_left():
-    """Remove folders, interfaces and packet rules of engines that run no more, if no other engine runs either."""
+    """Remove folders, interfaces and packet rules of engines that run no more, if no other engine runs either.
+
+    Interfaces and rules go only by the record of a folder: without one, nobody knows whose they are.
+    """
     folders = [os.path.join(FOLDERS, name) for name in os.listdir(FOLDERS) if name.startswith(PREFIX)]
+    folders = [folder for folder in folders if is_roots(folder)]
     if not folders or "dockerd" in programs():
         return
     for folder in folders:
+        record = read_record(folder)
         remove_folder(folder)
-    remove_interfaces(interfaces(r"docker0|br-[0-9a-f]{12}"))  # a veth may be of something else that runs
-    for lister in LISTERS:
-        restore(lister, [])
+        if record is not None:
+            remove_interfaces(interfaces(BRIDGES) - set(record["interfaces"]))  # a veth may be of something else
+            for lister, before in record["rules"].items():
+                restore(lister, before)
+
+
+def is_roots(folder):
+    """Whether root alone writes there: anyone may make a folder of this name in FOLDERS."""
+    status = os.lstat(folder)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == 0 and not status.st_mode & 0o022
+
+
+def write_record(folder, before, links):
+    with open(os.path.join(folder, RECORD), "w", encoding="utf-8") as file:
+        json.dump({"rules": before, "interfaces": sorted(links)}, file)
+
+
+def read_record(folder):
+    """What `write_record` wrote; None if there is nothing whole."""
+    try:
+        with open(os.path.join(folder, RECORD), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
 
 
 def programs():
@@ -226,7 +258,7 @@ def mounts_below(folder):
         return [line.split()[1] for line in mounts if (line.split()[1] + "/").startswith(folder + "/")]
 
 
-def interfaces(names=r"docker0|br-[0-9a-f]{12}|veth[0-9a-f]{7}"):
+def interfaces(names=rf"{BRIDGES}|veth[0-9a-f]{{7}}"):
     """Docker's: a bridge for each network, and one for each container, which a stopped build leaves."""
     return {name for name in os.listdir("/sys/class/net") if re.fullmatch(names, name)}
 
@@ -249,13 +281,24 @@ def rules(lister):
 
 
 def is_dockers(rule):
-    return "DOCKER" in rule or "docker0" in rule or " br-" in rule or rule == "filter :FORWARD DROP"
+    """Whether Docker's engine makes rules and chains like this one."""
+    return re.search(rf"[ :]DOCKER|[ !](-i|-o) ({BRIDGES}) ", rule + " ") is not None
+
+
+def added_rules(lister, before):
+    """Docker's rules that were not there before; and FORWARD's policy if that was ACCEPT and is DROP now."""
+    was_open = "filter :FORWARD ACCEPT" in before
+    return [
+        rule
+        for rule in rules(lister)
+        if rule not in before and (is_dockers(rule) or (was_open and rule == "filter :FORWARD DROP"))
+    ]
 
 
 def restore(lister, before):
     """Delete what the engine added: rules first, then its chains; give FORWARD its policy back."""
     program = lister.removesuffix("-save")
-    added = [rule.split(" ", 1) for rule in rules(lister) if rule not in before and is_dockers(rule)]
+    added = [rule.split(" ", 1) for rule in added_rules(lister, before)]
 
     def change(table, *arguments):
         command = [program, "-t", table, *arguments]
@@ -263,7 +306,7 @@ def restore(lister, before):
 
     for table, rule in added:
         if rule.startswith("-A"):
-            change(table, "-D", *rule.split()[1:])
+            change(table, "-D", *shlex.split(rule)[1:])
         elif rule == ":FORWARD DROP":
             change(table, "-P", "FORWARD", "ACCEPT")
     chains = [(table, rule[1:].split()[0]) for table, rule in added if rule.startswith(":DOCKER")]

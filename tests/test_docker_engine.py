@@ -91,14 +91,91 @@ def answering() -> Iterator[str]:
     [
         ("nat -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE", True),
         ("filter :DOCKER-USER -", True),
-        ("filter :FORWARD DROP", True),
         ("filter -A FORWARD -i br-0123456789ab -j ACCEPT", True),
+        ("filter -A FORWARD -j DOCKER-USER", True),
+        ("filter -A FORWARD -i br-lan -o eth0 -j ACCEPT", False),
+        ('filter -A INPUT -m comment --comment "no br-0123456789ab" -j DROP', False),
+        ("filter :FORWARD DROP", False),
         ("filter -A INPUT -p tcp --dport 22 -j ACCEPT", False),
         ("filter :INPUT DROP", False),
     ],
 )
 def test_only_dockers_rules_are_taken_away(rule: str, is_dockers: bool) -> None:
     assert run(f"import docker_engine as d; print(d.is_dockers({rule!r}))").strip() == str(is_dockers)
+
+
+NOW = ["*filter", ":FORWARD DROP [3:180]", ":DOCKER - [0:0]", "-A FORWARD -i br-lan -j ACCEPT",
+       "-A FORWARD -i docker0 -j ACCEPT", '-A INPUT -m comment --comment "ours alone" -j DROP', "COMMIT"]  # fmt: skip
+TAKEN_AWAY = ["-t filter -D FORWARD -i docker0 -j ACCEPT", "-t filter -F DOCKER", "-t filter -X DOCKER"]
+
+
+def fake_iptables(folder: Path) -> Path:
+    """Programs that list NOW, and note what they are told to change -> the file of notes."""
+    changes = folder / "changes"
+    changes.write_text("")
+    for name in ("iptables-save", "ip6tables-save"):
+        program(folder, name, f"/bin/cat <<'EOF'\n" + ("\n".join(NOW) if name == "iptables-save" else "") + "\nEOF")
+    for name in ("iptables", "ip6tables"):
+        program(folder, name, f'echo "$*" >> {changes}')
+    for name in ("ip", "umount"):
+        program(folder, name, "exit 0")
+    program(folder, "rm", 'exec /bin/rm "$@"')
+    return changes
+
+
+@pytest.mark.parametrize(
+    ("before", "policy"),
+    [
+        ([], []),
+        (["filter :FORWARD DROP"], []),
+        (["filter :FORWARD ACCEPT"], ["-t filter -P FORWARD ACCEPT"]),
+    ],
+    ids=["nothing recorded", "closed before", "open before"],
+)
+def test_a_firewall_is_opened_only_if_it_was_open(before: list[str], policy: list[str], tmp_path: Path) -> None:
+    changes = fake_iptables(tmp_path)
+    run(f"import docker_engine as d; d.restore('iptables-save', {before})", PATH=str(tmp_path))
+    assert changes.read_text().splitlines() == policy + TAKEN_AWAY
+
+
+def killed_run(folders: Path, record: str, owner: int = 0) -> str:
+    """Leave what a killed run leaves, begin another one -> the code that does so."""
+    folder = folders / "glimpse-dk0"
+    folder.mkdir(parents=True, mode=0o711)
+    if record:
+        (folder / "before.json").write_text(record)
+    return (
+        f"import os, docker_engine as d; d.FOLDERS = {str(folders)!r}; d.programs = set; real = os.lstat\n"
+        "def lstat(path):\n"
+        f"    mode, *rest = real(path); rest[3] = {owner}; return os.stat_result([mode, *rest])\n"
+        "os.lstat = lstat; d.remove_what_killed_runs_left(); print(os.listdir(d.FOLDERS))"
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "owner", "left", "changed"),
+    [
+        ('{"rules": {"iptables-save": ["filter :FORWARD ACCEPT"]}, "interfaces": []}', 0, [],
+         ["-t filter -P FORWARD ACCEPT", *TAKEN_AWAY]),
+        ("", 0, [], []),
+        ('{"rules": {"ipta', 0, [], []),
+        ('{"rules": {"iptables-save": ["filter :FORWARD ACCEPT"]}, "interfaces": []}', 1000, ["glimpse-dk0"], []),
+    ],
+    ids=["recorded", "no record", "half a record", "somebody else's folder"],
+)  # fmt: skip
+def test_only_what_a_killed_run_recorded_is_taken_away(
+    record: str, owner: int, left: list[str], changed: list[str], tmp_path: Path
+) -> None:
+    changes = fake_iptables(tmp_path)
+    said = run(killed_run(tmp_path / "folders", record, owner), PATH=str(tmp_path))
+    assert said.strip() == str(left)
+    assert changes.read_text().splitlines() == changed
+
+
+def test_what_was_there_is_recorded_for_a_later_run(tmp_path: Path) -> None:
+    code = "import docker_engine as d; d.write_record({0!r}, {{'iptables-save': ['x']}}, {{'docker0'}}); "
+    said = run((code + "print(d.read_record({0!r}))").format(str(tmp_path)))
+    assert said.strip() == "{'rules': {'iptables-save': ['x']}, 'interfaces': ['docker0']}"
 
 
 def test_arguments_after_two_dashes_are_pytests() -> None:

@@ -120,6 +120,7 @@ class Settings(BaseSettings):
     triton_grpc_port: int | None = Field(None, ge=1, le=65535)  # opens the embedded Triton to plain KServe clients
     triton_metrics_port: int = Field(8002, ge=1, le=65535)  # of the embedded Triton's metrics, on this machine only
     triton_start_timeout_s: float = Field(60.0, gt=0)  # for the embedded Triton; then the start has failed
+    triton_exit_timeout_s: int = Field(8, gt=0)  # of `glimpse triton`: time for requests in flight, after SIGTERM
     model_repository: Path = PROJECT / "model_repository"  # folder of the served models, from `glimpse build`
     # Precision in which the embedded Triton's models compute on a CPU. auto: bf16 or int8 if the CPU is fast in it and
     # the repository's card shows that nearly all answers stay the same; else fp32. If Triton runs elsewhere: name the

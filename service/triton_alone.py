@@ -1,7 +1,7 @@
 """Start and watch a Triton without a gateway, for `glimpse triton`: `python -m service.triton_alone HOST PORT ...`.
 
 Gateways reach it by GLIMPSE_VISION_URL and GLIMPSE_LLM_URL. It reads the same settings as a gateway: the model
-repository, the log, and how long a start may take.
+repository, the log, and how long a start may take. How long the end may take is a setting of its own.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ async def run(settings: Settings, ports: Ports, pool: str) -> None:
             called=models,
             precision=card.precision,
             start_timeout_s=settings.triton_start_timeout_s,
+            exit_timeout_s=settings.triton_exit_timeout_s,
         ) as triton,
     ):
         log.info(

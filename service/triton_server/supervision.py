@@ -42,7 +42,7 @@ WATCH_INTERVAL_S = 0.2
 REGIONS_INTERVAL_S = 1.0  # between two looks for regions of shared memory that other users can read
 STOPPED_INTERVAL_S = 0.4  # between two looks for stopped processes; Triton gives a process up after a second
 RELOAD_TIMEOUT_S = 5.0  # then the whole server is restarted: the target is to answer again within 10 s
-EXIT_TIMEOUT_S = 8  # for Triton to end its requests and models after SIGTERM
+EXIT_TIMEOUT_S = 8  # for Triton to end its requests and models after SIGTERM, unless the caller gives more
 START_ATTEMPTS = 3
 RESTART_PAUSE_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before consecutive restarts; the last one repeats
 
@@ -84,6 +84,7 @@ class EmbeddedTriton:
         called: Sequence[str] | None = None,
         precision: str = "fp32",
         start_timeout_s: float = 60.0,
+        exit_timeout_s: int = EXIT_TIMEOUT_S,
         canary_interval_s: float = 10.0,
         canary_timeout_s: float = 15.0,
         proc: Proc | None = None,
@@ -102,6 +103,7 @@ class EmbeddedTriton:
         self._called = called
         self._precision = precision
         self._start_timeout_s = start_timeout_s
+        self._exit_timeout_s = exit_timeout_s
         self._canary_interval_s = canary_interval_s
         self._canary_timeout_s = canary_timeout_s
         self._hangs = False
@@ -382,7 +384,7 @@ class EmbeddedTriton:
             *self.access.options(),
             "--allow-gpu-metrics=false",
             "--pinned-memory-pool-byte-size=0",
-            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            f"--exit-timeout-secs={self._exit_timeout_s}",
         ]
 
     async def _probe_all(self, timeout_s: float, fresh_s: float = 0.0) -> None:
@@ -412,7 +414,7 @@ class EmbeddedTriton:
         """Give Triton time to end by itself, then kill it. Leave no process and no shared memory."""
         self.ready = False
         try:
-            await self._server.stop(EXIT_TIMEOUT_S + 2)
+            await self._server.stop(self._exit_timeout_s + 2)
         finally:
             self._watch([])
             if self._claim is not None:

@@ -24,7 +24,6 @@ from service.cli.main import app
 from service.edges.grpc.stubs import vqa_pb2
 from service.edges.http import operations
 from service.settings import Settings, read_settings, secret_names
-from service.triton_server.supervision import EXIT_TIMEOUT_S
 from tests.deploy import triton_options
 from tests.deploy.metric_names import known_metrics, metrics_in
 from tests.support.paths import PROJECT
@@ -57,6 +56,8 @@ LABELS = {
 GATEWAY_PORTS = {"http": Settings().http_port, "grpc": Settings().grpc_port}
 TRITON_PORTS = {"grpc": 8001, "metrics": 8002}
 GRPC_SERVICE = vqa_pb2.DESCRIPTOR.services_by_name["VisualQuestionAnswering"].full_name
+STOP_GRACE_S = 40  # of the manifests' gateways
+DNS_CACHE_S, DNS_INTERVAL_S = 30, 5  # CoreDNS keeps an answer, gateways ask again
 ROUTES = {route.path for route in operations.router.routes}  # type: ignore[attr-defined]
 NAMESPACE, MONITORING, ELSEWHERE = "glimpse", "monitoring", "somebody-else-s"
 STRANGER = {"app": "somebody-else"}
@@ -489,22 +490,37 @@ def ends_after_s(container: Object) -> float:
         return notice_s + stop_s + 1 + 2  # to cut connections, to end the process
     command = command_of(container)
     if "glimpse triton" in command:
-        return notice_s + EXIT_TIMEOUT_S + 2  # as service/triton_server/supervision.py stops it
+        return notice_s + exit_timeout_s(container) + 2  # as service/triton_server/supervision.py stops it
     if "mpirun" in command:
         return notice_s + 2 * sigkill_timeout_s(command) + 2  # before SIGTERM and after it; to end itself
-    return notice_s + exit_timeout_s(command)
+    return notice_s + exit_timeout_s(container)
 
 
-def exit_timeout_s(command: str) -> float:
-    """How long a tritonserver in the command may end its requests; 0 if there is none."""
-    given = dict(triton_options.options(command))
-    return float(given.get("--exit-timeout-secs", triton_options.EXIT_TIMEOUT_S)) if given else 0
+def exit_timeout_s(container: Object) -> float:
+    """How long a Triton in the container may end its requests; 0 if there is none."""
+    command = command_of(container)
+    if "glimpse triton" in command:
+        given = {variable["name"]: variable.get("value") for variable in container.get("env", ())}
+        return float(given.get("GLIMPSE_TRITON_EXIT_TIMEOUT_S", Settings().triton_exit_timeout_s))
+    options = dict(triton_options.options(command))
+    return float(options.get("--exit-timeout-secs", triton_options.EXIT_TIMEOUT_S)) if options else 0
 
 
 def sigkill_timeout_s(command: str) -> float:
     """How long Open MPI lets its ranks live, before SIGTERM and after it."""
     given = re.search(r"-mca odls_base_sigkill_timeout (\d+)", command)
     return float(given[1]) if given else 1  # its default
+
+
+def faults_of_a_triton_s_end(container: Object) -> Iterator[str]:
+    """Gateways call it until they find its address gone, and what they called has as long as they give it."""
+    given_s = exit_timeout_s(container)
+    if not given_s:
+        return
+    if given_s < STOP_GRACE_S:
+        yield f"requests in flight have {given_s:g} s, gateways give them {STOP_GRACE_S}"
+    if (notice_s := container["lifecycle"]["preStop"]["sleep"]["seconds"]) < DNS_CACHE_S + DNS_INTERVAL_S:
+        yield f"gateways may call it longer than the {notice_s} s of its preStop"
 
 
 def faults_of_the_drain(found: list[Object]) -> list[str]:
@@ -520,7 +536,8 @@ def faults_of_the_drain(found: list[Object]) -> list[str]:
                     faults.append(f"{name(each)}: {container['name']} ends while it is called")
                     continue
                 command = command_of(container)
-                if "mpirun" in command and sigkill_timeout_s(command) < exit_timeout_s(command):
+                faults += [f"{name(each)}: {fault}" for fault in faults_of_a_triton_s_end(container)]
+                if "mpirun" in command and sigkill_timeout_s(command) < exit_timeout_s(container):
                     faults.append(f"{name(each)}: mpirun kills its ranks after {sigkill_timeout_s(command):g} s")
                 ends_s.append(ends_after_s(container))
                 if template["spec"]["terminationGracePeriodSeconds"] < ends_s[-1]:
@@ -613,10 +630,14 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("overlays/gpu/vision.yaml", "- --allow-http=false", "- --log-info=true", "opens HTTP"),
         ("overlays/gpu-multinode/llm.yaml", "restricted-protocol=shared-memory,", "restricted-protocol=",
          "lets every caller load models"),
-        ("overlays/gpu-multinode/llm.yaml", "seconds: 85", "seconds: 45", "the worker ends before its leader"),
-        ("overlays/gpu-multinode/llm.yaml", "odls_base_sigkill_timeout 35", "odls_base_verbose 1",
+        ("overlays/gpu-multinode/llm.yaml", "seconds: 130", "seconds: 90", "the worker ends before its leader"),
+        ("overlays/gpu-multinode/llm.yaml", "odls_base_sigkill_timeout 45", "odls_base_verbose 1",
          "mpirun kills its ranks after 1 s"),
-        ("overlays/gpu-multinode/llm.yaml", "Seconds: 100", "Seconds: 60", "needs 82 s to end"),
+        ("overlays/gpu-multinode/llm.yaml", "Seconds: 150", "Seconds: 100", "needs 127 s to end"),
+        ("base/llm.yaml", 'value: "40"', 'value: "8"', "llm: requests in flight have 8 s, gateways give them 40"),
+        ("base/llm.yaml", "Seconds: 90", "Seconds: 60", "needs 77 s to end"),
+        ("base/vision.yaml", "seconds: 35", "seconds: 10", "longer than the 10 s of its preStop"),
+        ("overlays/gpu/llm.yaml", "- --exit-timeout-secs=40", "", "requests in flight have 30 s, gateways give them 40"),
     ],
 )  # fmt: skip
 def test_a_broken_copy_is_found(tmp_path: Path, file: str, good: str, bad: str, fault: str):

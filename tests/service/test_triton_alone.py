@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,13 +32,22 @@ def alone(folder: Path, pool: str) -> Iterator[tuple[str, subprocess.Popen[bytes
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--metrics-port", str(metrics_port), "--pool", pool],
-            cwd=folder, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "GLIMPSE_LOG_DIR": "-"},
+            cwd=folder, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "GLIMPSE_LOG_DIR": "-", "GLIMPSE_TRITON_EXIT_TIMEOUT_S": "12"},
         )  # fmt: skip
     try:
         yield f"127.0.0.1:{port}", process
     finally:
         process.kill()
         process.wait()
+
+
+def running(*options: str) -> list[str]:
+    """The command lines of all processes that have these options."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            lines.append(path.read_bytes().decode(errors="replace").split("\0"))
+    return [" ".join(words) for words in lines if {*options} <= {*words}]
 
 
 def test_a_pool_has_the_models_that_a_gateway_calls_there(card: ModelCard) -> None:
@@ -57,6 +66,7 @@ async def test_a_triton_alone_serves_its_pool_until_it_is_told_to_stop(tmp_path:
         eventually(lambda: "triton_ready" in log.read_text() or process.poll() is not None, 90, "triton ready")
         assert process.poll() is None, log.read_text()
         assert "Started GRPCInferenceService" in log.read_text()  # Triton's own lines go to stderr too
+        assert len(running(f"--grpc-port={address.rpartition(':')[2]}", "--exit-timeout-secs=12")) == 1
         assert glimpse("health", "--triton", address).returncode == 0
         told = glimpse("canary", "--triton", address, "--pool", "llm")
         assert (told.returncode, told.stdout.partition(" in ")[0]) == (0, "answered")

@@ -50,9 +50,13 @@ RUN /opt/glimpse/bin/pip install --constraint constraints.txt --requirement serv
 COPY --from=wheel /wheels /wheels
 RUN /opt/glimpse/bin/pip install --no-deps /wheels/*.whl && scripts/slim_environment.sh /opt/glimpse
 
-# What the gateway reads of the models: card, tokenizers and configurations.
-FROM base AS cards
+# A checkout under umask 077 has files that only its owner reads; images run under any user id.
+FROM base AS models
 COPY model_repository /models
+RUN chmod -R a+rX /models
+
+# What the gateway reads of the models: card, tokenizers and configurations.
+FROM models AS cards
 RUN find /models -name '*.onnx*' -delete
 
 FROM base AS runtime
@@ -84,14 +88,14 @@ CMD ["glimpse", "serve"]
 
 FROM runtime AS triton-cpu
 COPY --from=build-serve /opt/glimpse /opt/glimpse
-COPY model_repository /models
+COPY --from=models /models /models
 EXPOSE 8001 8002
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 CMD ["glimpse", "health", "--triton", "127.0.0.1:8001"]
 CMD ["glimpse", "triton", "--host", "0.0.0.0"]
 
 FROM runtime AS all-in-one
 COPY --from=build-serve /opt/glimpse /opt/glimpse
-COPY model_repository /models
+COPY --from=models /models /models
 EXPOSE 8080 8081
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 CMD ["glimpse", "health"]
 CMD ["glimpse", "serve"]

@@ -30,7 +30,7 @@ every-test:
 test-stack: ready-to-develop ## build the images and test the stack under a real Docker engine (as root; 5 to 8 minutes)
 	$(BIN)/python scripts/test_stack.py $(STACK)
 
-up: ready-to-compose .env ## build and start the whole stack with Docker Compose: http://127.0.0.1:8080, Grafana on 3000
+up: ready-to-compose readable-mounts .env ## build and start the whole stack with Docker Compose: http://127.0.0.1:8080, Grafana on 3000
 	OTLP_ENDPOINT=http://collector:4317 docker compose --profile full up --build --detach --wait
 
 down: ready-to-compose ## stop and remove it; what Prometheus and Grafana stored stays
@@ -39,6 +39,13 @@ down: ready-to-compose ## stop and remove it; what Prometheus and Grafana stored
 .PHONY: ready-to-compose
 ready-to-compose:
 	@docker compose version >/dev/null 2>&1 || { echo "This needs Docker and its Compose plugin, 2.24 or newer: https://docs.docker.com/engine/install"; exit 1; }
+
+# What docker-compose.yml mounts, for users of their own in the containers.
+MOUNTED := $(addprefix deploy/,envoy prometheus alertmanager traces grafana/provisioning grafana/dashboards)
+.PHONY: readable-mounts
+readable-mounts:
+	@closed=$$(find $(MOUNTED) \( -type d ! -perm -o=rx -o ! -type d ! -perm -o=r \) | head -n 1); test -z "$$closed" || \
+	  { echo "Containers run under other users, which cannot read $$closed: run chmod -R a+rX $(MOUNTED)"; exit 1; }
 
 SECRET = $$(od -An -N18 -tx1 /dev/urandom | tr -d ' \n')
 .env:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.settings import PREFIX, Settings
+from service.settings import PREFIX, Settings, read_settings
 from tests.deploy.triton_options import faults_of_options
 from tests.support.paths import PROJECT
 
@@ -153,7 +154,7 @@ def services_of_gpus(variables: Mapping[str, str]) -> dict[str, Any]:
     """The services as Compose reads them with the profile gpu and these variables."""
     command = [
         BIN / "docker-compose", "--project-directory", PROJECT, "--file", COMPOSE, "--env-file", os.devnull,
-        "--profile", "gpu", "config", "--format", "json",
+        "--profile", "gpu", "--profile", "simple", "config", "--format", "json",
     ]  # fmt: skip
     environment = {"PATH": os.environ["PATH"], "REDIS_PASSWORD": "x", "TRITON_KEY": "y", **variables}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -165,6 +166,84 @@ def mounted(service: dict[str, Any], target: str) -> str:
     """What of the machine the container sees there."""
     (source,) = [each["source"] for each in service["volumes"] if each["target"] == target]
     return str(source)
+
+
+def test_with_the_page_s_commands_the_stack_asks_for_keys(tmp_path: Path) -> None:
+    page = (PROJECT / "docs" / "deployment.md").read_text()
+    (commands,) = [block for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "keys create" in block]
+    told = f'glimpse() {{ echo "$*"; touch "${{@: -1}}"; }}\n{commands}'
+    said = subprocess.run(["bash", "-euc", told], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["keys", "create", "--tenant", "acme", "--keys", "keys/keys.json"]
+    variables = dict(line.split("=", 1) for line in (tmp_path / ".env").read_text().splitlines())
+    for name in ("gateway", "all-in-one"):
+        service = services_of_gpus(variables)[name]
+        settings = settings_of(service)
+        assert (settings.keys, settings.without_keys, settings.metrics_without_key) == ("/keys/keys.json", None, True)
+        assert mounted(service, "/keys") == str(PROJECT / "keys")
+        assert service["user"] == f"{os.getuid()}:{os.getgid()}"
+
+
+def test_the_stack_takes_quotas_and_a_model_repository_for_gateways_and_tritons() -> None:
+    services = services_of_gpus({"QUOTA_REQUESTS_PER_MINUTE": "60", "MODELS": "/engines", "ENGINES": "/srv/mine"})
+    for name in ("gateway", "all-in-one", "triton"):
+        assert settings_of(services[name]).model_repository == Path("/engines")
+        assert mounted(services[name], "/engines") == "/srv/mine"
+    assert settings_of(services["gateway"]).quota_requests_per_minute == 60
+
+
+def test_with_nothing_set_the_stack_asks_for_no_key_and_sets_no_quota() -> None:
+    services = services_of_gpus({})
+    settings = settings_of(services["gateway"])
+    assert (settings.keys, settings.without_keys) == (None, "anyone-may-ask")
+    quotas = [name for name in Settings.model_fields if name.startswith("quota_") and name != "quota_gateways"]
+    assert [getattr(settings, name) for name in quotas] == [getattr(Settings(), name) for name in quotas]
+    assert mounted(services["gateway"], "/keys") == "keys"  # a volume
+    assert services["gateway"]["user"] == "10001:10001"
+    assert settings_of(services["triton"]).model_repository == Path("/models")
+
+
+def settings_of(service: dict[str, Any]) -> Settings:
+    return read_settings({name: str(value) for name, value in service["environment"].items()})
+
+
+def test_grafana_does_not_start_without_a_password() -> None:
+    shell, option, command = yaml.safe_load(COMPOSE.read_text())["services"]["grafana"]["entrypoint"]
+    done = subprocess.run([shell, option, command.replace("$$", "$")], capture_output=True, text=True, check=False, env={})
+    assert (done.returncode, done.stderr) == (1, "set GRAFANA_PASSWORD in .env\n")
+
+
+def test_images_read_models_of_a_checkout_that_only_its_owner_reads() -> None:
+    text = DOCKERFILE.read_text()
+    assert re.findall(r"^COPY model_repository .*\n(.*)", text, re.MULTILINE) == ["RUN chmod -R a+rX /models"]
+
+
+def test_make_names_what_containers_could_not_read(tmp_path: Path) -> None:
+    shutil.copy(PROJECT / "Makefile", tmp_path)
+    shutil.copytree(PROJECT / "deploy", tmp_path / "deploy")
+    command = ["make", "--no-print-directory", "readable-mounts"]
+
+    def said() -> tuple[int, str]:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    subprocess.run(["chmod", "-R", "a+rX", "deploy"], cwd=tmp_path, check=True)
+    assert said() == (0, "")
+    for name, mode in (("deploy/envoy/envoy.yaml", 0o600), ("deploy/grafana/dashboards", 0o700)):
+        path = tmp_path / name
+        before = path.stat().st_mode
+        path.chmod(mode)
+        status, text = said()
+        assert status != 0
+        assert f"cannot read {name}: run chmod -R a+rX" in text
+        path.chmod(before)
+
+
+def test_make_looks_at_every_folder_that_the_stack_mounts() -> None:
+    services = yaml.safe_load(COMPOSE.read_text())["services"].values()
+    mounts = [str(mount) for service in services for mount in service.get("volumes", ())]
+    folders = {mount.split(":")[0].removeprefix("./deploy/") for mount in mounts if mount.startswith("./deploy/")}
+    (looked,) = re.findall(r"^MOUNTED := \$\(addprefix deploy/,(.*)\)$", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+    assert {*looked.split()} == folders
 
 
 def faults_of_collector(text: str) -> list[str]:

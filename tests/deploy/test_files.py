@@ -70,7 +70,7 @@ def test_the_stack_is_valid_with_every_profile() -> None:
         ("condition: service_healthy }", "condition: service_happy }", "depends_on"),
         ("networks: [front, back]", "networks: [front, beck]", "undefined network"),
         ("  cap_drop: [ALL]", "  cap_dropp: [ALL]", "cap_dropp"),
-        ("mem_limit: 2g", "mem_limit: much", "mem_limit"),
+        ("mem_limit: 6g", "mem_limit: much", "mem_limit"),
         ('"prometheus:/prometheus"', '"promotheus:/prometheus"', "undefined volume"),
     ],
 )

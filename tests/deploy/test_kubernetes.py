@@ -23,6 +23,7 @@ from service.admission.scheduler import Kind, Resource
 from service.cli.main import app
 from service.edges.grpc.stubs import vqa_pb2
 from service.edges.http import operations
+from service.media.workers import MEMORY_BYTES, PIXEL_MEMORY_BYTES
 from service.settings import Settings, read_settings, secret_names
 from tests.deploy import triton_options
 from tests.deploy.metric_names import known_metrics, metrics_in
@@ -60,6 +61,10 @@ STOP_GRACE_S = 40  # of the manifests' gateways
 DNS_CACHE_S, DNS_INTERVAL_S = 30, 5  # CoreDNS keeps an answer, gateways ask again
 ROUTES = {route.path for route in operations.router.routes}  # type: ignore[attr-defined]
 NAMESPACE, MONITORING, ELSEWHERE = "glimpse", "monitoring", "somebody-else-s"
+WAYS_TO_DNS: dict[str, dict[str, Any]] = {
+    "CoreDNS": {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}},
+    "NodeLocal DNSCache": {"ipBlock": {"cidr": "169.254.20.10/32"}},
+}
 STRANGER = {"app": "somebody-else"}
 
 Object = dict[str, Any]
@@ -403,6 +408,20 @@ def pods_behind(found: list[Object], service: Object, port: str) -> Iterator[tup
                     yield labels, numbers[port]
 
 
+def reaches_dns(found: list[Object], pod: Labels, way: Object) -> bool:
+    """Whether a policy lets the pod ask this kind of DNS, a peer of a policy, by UDP and TCP."""
+    ports = [
+        port["protocol"]
+        for policy in of_kind(found, "NetworkPolicy").values()
+        if selects(policy["spec"]["podSelector"], pod)
+        for rule in policy["spec"].get("egress", ())
+        if way in rule.get("to", ())
+        for port in rule["ports"]
+        if port["port"] == 53
+    ]
+    return {*ports} == {"UDP", "TCP"}
+
+
 def faults_of_network(found: list[Object]) -> list[str]:
     """The policies let through what Glimpse's parts say to each other, and strangers to the gateways alone."""
     faults, services = [], of_kind(found, "Service")
@@ -427,6 +446,8 @@ def faults_of_network(found: list[Object]) -> list[str]:
     for each in found:
         for template in templates(each):
             labels = template["metadata"]["labels"]
+            faults += [f"{name(each)} has no way to {what}" for what, way in WAYS_TO_DNS.items()
+                       if not reaches_dns(found, labels, way)]  # fmt: skip
             numbers = [port["containerPort"] for container in template["spec"]["containers"]
                        for port in container.get("ports", ())]  # fmt: skip
             if labels["app.kubernetes.io/component"] != "gateway":
@@ -618,6 +639,7 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/vision.yaml", "preStop:", "postStart:", "triton ends while it is called"),
         ("base/network-policies.yaml", "values: [vision, llm]\n      ports:", "values: [vision]\n      ports:",
          "Deployment glimpse-gateway may not call glimpse-llm"),
+        ("base/network-policies.yaml", "cidr: 169.254.20.10/32", "cidr: 169.254.20.9/32", "llm has no way to NodeLocal"),
         ("base/network-policies.yaml", "port: 8002", "port: 8003", "Prometheus may not call Service glimpse-vision"),
         ("base/network-policies.yaml", "name: glimpse-redis\nspec:\n  podSelector:\n    matchLabels:\n      app",
          "name: glimpse-redis\nspec:\n  podSelector:\n    matchLabels:\n      app2", "may not call glimpse-redis"),
@@ -747,6 +769,18 @@ def test_only_a_component_for_trials_opens_the_front_door_without_tls(tmp_path: 
     found = rendered(mine)
     faults = [fault for check in (*CHECKS, *CHECKS_OF_THE_WHOLE) for fault in check(found)]
     assert faults == ["Gateway glimpse: http takes keys in clear text"]
+
+
+def test_a_gateway_s_memory_limit_holds_all_that_it_may_take():
+    settings = Settings()
+    caches = settings.feature_cache_bytes + settings.visual_cache_bytes + settings.image_store_bytes
+    decoder = 60_000_000 + MEMORY_BYTES + PIXEL_MEMORY_BYTES * settings.max_image_pixels
+    most = caches + 4 * settings.max_bytes_in_flight + 250_000_000 + settings.decode_workers * decoder
+    (gateway,) = [each for _, each in containers(objects("overlays/cpu")) if each["name"] == "gateway"]
+    limit = int(gateway["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
+    assert limit - (1 << 30) < most < limit
+    compose = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]["gateway"]["mem_limit"]
+    assert f"{compose.removesuffix('g')}Gi" == gateway["resources"]["limits"]["memory"]
 
 
 def test_gpu_pools_ask_for_gpus_and_cpu_pools_for_none():

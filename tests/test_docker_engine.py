@@ -114,7 +114,7 @@ def fake_iptables(folder: Path) -> Path:
     changes = folder / "changes"
     changes.write_text("")
     for name in ("iptables-save", "ip6tables-save"):
-        program(folder, name, f"/bin/cat <<'EOF'\n" + ("\n".join(NOW) if name == "iptables-save" else "") + "\nEOF")
+        program(folder, name, "/bin/cat <<'EOF'\n" + ("\n".join(NOW) if name == "iptables-save" else "") + "\nEOF")
     for name in ("iptables", "ip6tables"):
         program(folder, name, f'echo "$*" >> {changes}')
     for name in ("ip", "umount"):

@@ -38,8 +38,9 @@ def faults_of_compose(path: Path, environment: Mapping[str, str]) -> str:
     return done.stderr if done.returncode else ""
 
 
-def test_the_dockerfile_is_clean() -> None:
-    assert faults_of_dockerfile(DOCKERFILE) == ""
+@pytest.mark.parametrize("file", ["Dockerfile", "deploy/kubernetes/overlays/gpu-multinode/Dockerfile"])
+def test_a_dockerfile_is_clean(file: str) -> None:
+    assert faults_of_dockerfile(PROJECT / file) == ""
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,9 @@ def settings_of(service: dict[str, Any]) -> Settings:
 
 def test_grafana_does_not_start_without_a_password() -> None:
     shell, option, command = yaml.safe_load(COMPOSE.read_text())["services"]["grafana"]["entrypoint"]
-    done = subprocess.run([shell, option, command.replace("$$", "$")], capture_output=True, text=True, check=False, env={})
+    done = subprocess.run(
+        [shell, option, command.replace("$$", "$")], capture_output=True, text=True, check=False, env={}
+    )
     assert (done.returncode, done.stderr) == (1, "set GRAFANA_PASSWORD in .env\n")
 
 
@@ -242,7 +245,9 @@ def test_make_looks_at_every_folder_that_the_stack_mounts() -> None:
     services = yaml.safe_load(COMPOSE.read_text())["services"].values()
     mounts = [str(mount) for service in services for mount in service.get("volumes", ())]
     folders = {mount.split(":")[0].removeprefix("./deploy/") for mount in mounts if mount.startswith("./deploy/")}
-    (looked,) = re.findall(r"^MOUNTED := \$\(addprefix deploy/,(.*)\)$", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+    (looked,) = re.findall(
+        r"^MOUNTED := \$\(addprefix deploy/,(.*)\)$", (PROJECT / "Makefile").read_text(), re.MULTILINE
+    )
     assert {*looked.split()} == folders
 
 

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.slow  # together: almost every test runs kubectl
 KUBERNETES = PROJECT / "deploy" / "kubernetes"
 OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/gpu-multinode", "canary")
 WHOLE = OVERLAYS[:3]
+MULTINODE = KUBERNETES / "overlays" / "gpu-multinode" / "Dockerfile"
 SCHEMAS = Path(__file__).parent / "schemas"
 CUSTOM = {
     "Gateway": "gateway-v1",
@@ -182,7 +183,8 @@ def faults_of_security(found: list[Object]) -> list[str]:
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"^FROM \S+ AS (\S+)$", (PROJECT / "Dockerfile").read_text(), re.MULTILINE))
+    texts = (PROJECT / "Dockerfile").read_text() + MULTINODE.read_text()
+    return set(re.findall(r"^FROM \S+ AS (\S+)$", texts, re.MULTILINE))
 
 
 def faults_of_images(found: list[Object]) -> list[str]:
@@ -462,8 +464,11 @@ def faults_of_routes(found: list[Object]) -> list[str]:
     """The front door takes keys by TLS alone, leads to every port of the gateways and cuts no answer."""
     faults = []
     for door in of_kind(found, "Gateway").values():
-        faults += [f"{name(door)}: {each['name']} takes keys in clear text"
-                   for each in door["spec"]["listeners"] if each["protocol"] != "HTTPS" or "tls" not in each]  # fmt: skip
+        faults += [
+            f"{name(door)}: {each['name']} takes keys in clear text"
+            for each in door["spec"]["listeners"]
+            if each["protocol"] != "HTTPS" or "tls" not in each
+        ]
     for route in of_kind(found, "HTTPRoute").values():
         reached = set()
         for rule in route["spec"]["rules"]:
@@ -613,9 +618,9 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/vision.yaml", "single_image|multi", "one_image|multi", "no series has kind=one_image"),
         ("base/vision.yaml", "query: sum(", "query: max by (x) (", "several elements"),
         ("base/vision.yaml", "triggers:", "trigger:", "triggers"),
-        ("base/vision.yaml", "ignoreNullValues:", "ignoreNull:", "Object glimpse-vision takes metrics that are missing for no"),
-        ("base/llm.yaml", 'Values: "false"', 'Values: "true"', "Object glimpse-llm takes metrics that are missing for no"),
-        ("overlays/gpu/scaling.yaml", 'Values: "false"', 'Values: "true"', "takes metrics that are missing for no load"),
+        ("base/vision.yaml", "ignoreNullValues:", "ignoreNull:", "glimpse-vision takes metrics that are missing"),
+        ("base/llm.yaml", 'Values: "false"', 'Values: "true"', "glimpse-llm takes metrics that are missing for no load"),
+        ("overlays/gpu/scaling.yaml", 'Values: "false"', 'Values: "true"', "takes metrics that are missing"),
         ("base/llm.yaml", "behavior: currentReplicasIfHigher", "behavior: static", "shrinks if metrics are missing"),
         ("base/llm.yaml", "cooldownPeriod", "coolDownPeriod", "coolDownPeriod"),
         ("base/monitoring.yaml", "jobLabel", "joblabel", "joblabel"),
@@ -623,12 +628,13 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/canary.yaml", "glimpse, canary", "glimpse, bird", "no command glimpse bird"),
         ("base/monitoring.yaml", "endpoints:", "endpoint:", "endpoints"),
         ("base/routes.yaml", "weight: 100", "weight: -1", "-1 is less"),
-        ("base/routes.yaml", "timeouts:\n        request: 0s\n", "timeouts: {}\n", "/glimpse.v1.VisualQuestionAnswering is cut"),
+        ("base/routes.yaml", "timeouts:\n        request: 0s\n", "timeouts: {}\n",
+         "/glimpse.v1.VisualQuestionAnswering is cut"),
         ("base/routes.yaml", "request: 0s #", "request: 15s #", "/v1 is cut"),
         ("base/routes.yaml", "request: 0s #", "requests: 0s #", "requests"),
         ("base/routes.yaml", "protocol: HTTPS", "protocol: HTTP", "in clear text"),
         ("base/routes.yaml", "certificateRefs:", "certificates:", "certificates"),
-        ("base/routes.yaml", "/glimpse.v1.Vis", "/glimpse.v2.Vis", "/glimpse.v2.VisualQuestionAnswering leads to {8081}"),
+        ("base/routes.yaml", "/glimpse.v1.Vis", "/glimpse.v2.Vis", "VisualQuestionAnswering leads to {8081}"),
         ("base/redis.yaml", "redis:7.2-bookworm", "redis:latest", "no version"),
         ("base/gateway/deployment.yaml", "path: /health/ready", "path: /ready", "readinessProbe asks /ready"),
         ("base/gateway/deployment.yaml", "port: http\n            periodSeconds: 5", "port: web", "asks port web"),
@@ -639,7 +645,7 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/vision.yaml", "preStop:", "postStart:", "triton ends while it is called"),
         ("base/network-policies.yaml", "values: [vision, llm]\n      ports:", "values: [vision]\n      ports:",
          "Deployment glimpse-gateway may not call glimpse-llm"),
-        ("base/network-policies.yaml", "cidr: 169.254.20.10/32", "cidr: 169.254.20.9/32", "llm has no way to NodeLocal"),
+        ("base/network-policies.yaml", "cidr: 169.254.20.10/32", "cidr: 169.254.20.9/32", "no way to NodeLocal"),
         ("base/network-policies.yaml", "port: 8002", "port: 8003", "Prometheus may not call Service glimpse-vision"),
         ("base/network-policies.yaml", "name: glimpse-redis\nspec:\n  podSelector:\n    matchLabels:\n      app",
          "name: glimpse-redis\nspec:\n  podSelector:\n    matchLabels:\n      app2", "may not call glimpse-redis"),
@@ -659,7 +665,7 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/llm.yaml", 'value: "40"', 'value: "8"', "llm: requests in flight have 8 s, gateways give them 40"),
         ("base/llm.yaml", "Seconds: 90", "Seconds: 60", "needs 77 s to end"),
         ("base/vision.yaml", "seconds: 35", "seconds: 10", "longer than the 10 s of its preStop"),
-        ("overlays/gpu/llm.yaml", "- --exit-timeout-secs=40", "", "requests in flight have 30 s, gateways give them 40"),
+        ("overlays/gpu/llm.yaml", "- --exit-timeout-secs=40", "", "requests in flight have 30 s, gateways give"),
     ],
 )  # fmt: skip
 def test_a_broken_copy_is_found(tmp_path: Path, file: str, good: str, bad: str, fault: str):
@@ -743,7 +749,9 @@ def test_the_readme_s_commands_make_objects_of_the_rules(tmp_path: Path):
     assert [each["spec"] for each in kept] == [yaml.safe_load(path.read_text()) for path in files]
     for each in kept:
         assert each["kind"] == "PrometheusRule"
-        assert each["metadata"]["labels"] == {"release": "kube-prometheus-stack"}  # else the chart's Prometheus reads none
+        assert each["metadata"]["labels"] == {
+            "release": "kube-prometheus-stack"
+        }  # else the chart's Prometheus reads none
         assert re.fullmatch(r"glimpse-[a-z-]+", each["metadata"]["name"])
 
 
@@ -781,6 +789,23 @@ def test_a_gateway_s_memory_limit_holds_all_that_it_may_take():
     assert limit - (1 << 30) < most < limit
     compose = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]["gateway"]["mem_limit"]
     assert f"{compose.removesuffix('g')}Gi" == gateway["resources"]["limits"]["memory"]
+
+
+def test_the_ranks_of_another_node_are_started_by_a_user_that_ssh_knows():
+    (group,) = of_kind(objects("overlays/gpu-multinode"), "LeaderWorkerSet").values()
+    leader, worker = templates(group)
+    command, user = command_of(worker["spec"]["containers"][0]), worker["spec"]["securityContext"]["runAsUser"]
+    secret = "/run/secrets/glimpse-mpi"
+    for option in (f"AuthorizedKeysFile={secret}/authorized_keys", "StrictModes=no", "PidFile=none", "UsePAM=no"):
+        assert f"-o {option}" in command
+    assert f"-i {secret}/key" in command_of(leader["spec"]["containers"][0])
+    text = MULTINODE.read_text()
+    assert f"glimpse:x:{user}:{user}:" in text
+    assert "openssh-server" in text
+    (base,) = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    assert base in (PROJECT / "docker-compose.yml").read_text()  # the version of the other Tritons
+    made = readme_commands("ssh-keygen")
+    assert all(name in made for name in ("--from-file key ", "authorized_keys=key.pub", "--from-file host-key"))
 
 
 def test_gpu_pools_ask_for_gpus_and_cpu_pools_for_none():

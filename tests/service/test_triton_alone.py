@@ -32,7 +32,8 @@ def alone(folder: Path, pool: str) -> Iterator[tuple[str, subprocess.Popen[bytes
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--metrics-port", str(metrics_port), "--pool", pool],
-            cwd=folder, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "GLIMPSE_LOG_DIR": "-", "GLIMPSE_TRITON_EXIT_TIMEOUT_S": "12"},
+            cwd=folder, stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, "GLIMPSE_LOG_DIR": "-", "GLIMPSE_TRITON_EXIT_TIMEOUT_S": "12"},
         )  # fmt: skip
     try:
         yield f"127.0.0.1:{port}", process

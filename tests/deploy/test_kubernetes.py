@@ -619,7 +619,7 @@ def test_an_overlay_has_no_fault(overlay: str):
         ("base/vision.yaml", "query: sum(", "query: max by (x) (", "several elements"),
         ("base/vision.yaml", "triggers:", "trigger:", "triggers"),
         ("base/vision.yaml", "ignoreNullValues:", "ignoreNull:", "glimpse-vision takes metrics that are missing"),
-        ("base/llm.yaml", 'Values: "false"', 'Values: "true"', "glimpse-llm takes metrics that are missing for no load"),
+        ("base/llm.yaml", 'Values: "false"', 'Values: "true"', "glimpse-llm takes metrics that are missing"),
         ("overlays/gpu/scaling.yaml", 'Values: "false"', 'Values: "true"', "takes metrics that are missing"),
         ("base/llm.yaml", "behavior: currentReplicasIfHigher", "behavior: static", "shrinks if metrics are missing"),
         ("base/llm.yaml", "cooldownPeriod", "coolDownPeriod", "coolDownPeriod"),

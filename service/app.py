@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -303,7 +303,7 @@ def http_edge(
             settings.replaced_connections_per_address_s,
         ),
         hosts=allowed_hosts(settings.http_host, settings.allowed_hosts),
-        faults=lambda: readiness.faults,
+        faults=partial(faults_of, readiness, access or NoGate()),
         degraded=lambda: readiness.degraded,
         metrics=Exposition(metrics.registry).text,
         count=lambda method, route, status: metrics.http_requests.labels(method, route, status).inc(),
@@ -317,6 +317,11 @@ def http_edge(
         aliases=vertex_paths(settings),
         cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
     )
+
+
+def faults_of(readiness: Readiness | Fleet, access: Authenticator) -> Mapping[str, str]:
+    """Return why the service cannot answer: by model, and for the API keys."""
+    return {**readiness.faults, **({"keys": access.fault} if access.fault else {})}
 
 
 def proxies_of(settings: Settings) -> Proxies:
@@ -348,7 +353,7 @@ def grpc_edge(
         batches=batch_limits(settings),
         bodies=body_limits(settings),
         max_connections=settings.max_connections,
-        faults=lambda: readiness.faults,
+        faults=partial(faults_of, readiness, access or NoGate()),
         count=lambda method, status: metrics.grpc_requests.labels(method, status).inc(),
         lag_s=lambda: max(lag.seconds if lag else 0.0, turns.waited_s),
         turns=turns,

@@ -17,6 +17,7 @@ from service.telemetry.metrics import Metrics
 log = structlog.get_logger()
 
 LOOK_INTERVAL_S = 0.25  # a revoked key ends at most so much later, plus the time that reading takes
+UNREAD = "the API keys have not been read yet"
 IN_REDIS = "redis"  # as GLIMPSE_KEYS: the keys are in GLIMPSE_REDIS_URL
 
 
@@ -34,6 +35,7 @@ class NoGate:
     """Let everyone in: a service without keys."""
 
     has_keys = False
+    fault = ""
 
     def grant(self, key: str) -> Grant:  # noqa: ARG002
         return Grant("")
@@ -60,10 +62,14 @@ class Gate:
         if first is not None:
             self._use(first)
 
+    @property
+    def fault(self) -> str:
+        return UNREAD if self.keyring is None else ""
+
     def grant(self, key: str) -> Grant:
         """Return what this key allows. Raises Unauthenticated, Unavailable."""
         if self.keyring is None:
-            raise Unavailable("the API keys have not been read yet: try again in a few seconds")
+            raise Unavailable(f"{UNREAD}: try again in a few seconds")
         try:
             return self.keyring.grant(key, self._clock())
         except Unauthenticated as refusal:

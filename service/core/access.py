@@ -52,6 +52,11 @@ class Authenticator(Protocol):
         """Whether callers need a key. If not, a caller's tenant is what it says."""
         ...
 
+    @property
+    def fault(self) -> str:
+        """Why no caller can be let in; empty if callers can."""
+        ...
+
     def grant(self, key: str) -> Grant:
         """Return what this key allows. Raises Unauthenticated, Unavailable."""
         ...

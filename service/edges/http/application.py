@@ -9,10 +9,8 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from service.core.access import QUOTA_HEADERS
 from service.core.errors import GlimpseError
-from service.edges.caller import KEY_HEADERS, SESSION_KEY, TENANT_KEY, TRACE_ID_KEY, VARIANT_KEY
-from service.edges.http import batch, estimate, images, openapi, operations, variants, vqa
+from service.edges.http import batch, cors, estimate, images, openapi, operations, variants, vqa
 from service.edges.http.edge import Edge
 from service.edges.http.openapi import Api
 from service.edges.http.respond import RequestScope, respond_to_error, respond_to_no_route
@@ -42,17 +40,9 @@ def http_api(edge: Edge) -> FastAPI:
         api.add_middleware(
             CORSMiddleware,
             allow_origins=edge.cors_origins,
-            allow_methods=("GET", "POST", "DELETE"),
-            allow_headers=(
-                *KEY_HEADERS,
-                "content-encoding",
-                "content-type",
-                SESSION_KEY,
-                TENANT_KEY,
-                TRACE_ID_KEY,
-                VARIANT_KEY,
-            ),
-            expose_headers=(TRACE_ID_KEY, VARIANT_KEY, "retry-after", *QUOTA_HEADERS),
+            allow_methods=cors.METHODS,
+            allow_headers=cors.SENT,
+            expose_headers=cors.READ,
         )
     return api
 

@@ -12,7 +12,7 @@ import fcntl
 import math
 import resource
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import httptools
@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.core.errors import InvalidRequest, Overloaded, SlowBody, Unavailable, status_of, without_frames
 from service.edges.http.body import declared_bytes
 from service.edges.http.connections import Connections
+from service.edges.http.cors import early_headers
 from service.edges.http.edge import ConnectionLimits, Edge
 from service.edges.http.listener import Held
 from service.edges.http.respond import OPEN_REQUESTS
@@ -63,6 +64,7 @@ class Protocols:
             open_connections=self.connections,
             rounds=self.rounds,
             count=self._edge.count,
+            cors_origins=self._edge.cors_origins,
             overload=self._overload,
             **kwargs,
         )
@@ -212,6 +214,7 @@ class LimitedProtocol(HttpToolsProtocol):
         open_connections: Connections[LimitedProtocol],
         rounds: Rounds[LimitedProtocol],
         count: Count,
+        cors_origins: Sequence[str],
         overload: Callable[[int, int | None], Overloaded | None],
         **kwargs: Any,
     ) -> None:
@@ -220,6 +223,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.open_connections = open_connections
         self.rounds = rounds
         self.count = count
+        self.cors_origins = cors_origins
         self.overload = overload
         # A head is everything up to the blank line, with any empty lines before it.
         self._head_bytes = 0  # at least so many of the head that is not whole yet
@@ -450,6 +454,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.count("POST", "none", str(status))
         body = ErrorBody.of(error).model_dump_json().encode()
         lines = [name + b": " + value for name, value in self.server_state.default_headers]
+        lines += self._early_lines()
         lines += [b"content-type: application/json", b"content-length: %d" % len(body)]
         lines += [b"retry-after: %d" % max(1, math.ceil(error.retry_after_s))]
         if not self.parser.should_keep_alive():
@@ -476,9 +481,14 @@ class LimitedProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         error = WireError(message=message, type=ERROR_TYPES.get(status, InvalidRequest.type), param=None, code=code)
         body = ErrorBody(error=error).model_dump_json().encode()
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + body)
+        lines = [*self._early_lines(), b"content-type: application/json", b"content-length: %d" % len(body)]
+        self.transport.write(STATUS_LINE[status] + b"\r\n".join([*lines, b"connection: close", b"", body]))
         self.transport.close()
+
+    def _early_lines(self) -> list[bytes]:
+        """Of the request that is being read, as far as its headers have come."""
+        sent = self.headers if self._begun or self._in_body else None
+        return [name + b": " + value for name, value in early_headers(sent or (), self.cors_origins)]
 
     def _linger(self) -> bool:
         """Whether the client may still be sending. If so, discard it for a while; a client that reads ends it first."""

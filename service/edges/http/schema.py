@@ -947,7 +947,7 @@ class ModelList(BaseModel):
 class Health(BaseModel):
     status: Literal["ok", "not ready"]
     faults: dict[str, str] = Field(
-        default_factory=dict, description="By model, Triton or `gateway`, why it does not answer."
+        default_factory=dict, description="By model, Triton, `gateway` or `keys`, why it does not answer."
     )
     degraded: dict[str, str] | None = Field(
         None,

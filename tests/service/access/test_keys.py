@@ -20,11 +20,12 @@ from service.access.gate import Gate
 from service.access.key_file import KeyFile
 from service.access.key_redis import KEYS, VERSION, KeysInRedis
 from service.access.keys import DIGEST, KeyRecord, Keyring, KeysError, Limits, digest_of, new_key
+from service.app import grpc_edge, http_edge
 from service.core.access import Scope
 from service.core.errors import Unauthenticated, Unavailable
 from service.system import files
 from service.telemetry.metrics import Metrics
-from tests.support.fakes import cancelled, until
+from tests.support.fakes import House, cancelled, until
 from tests.support.keys import ASKING, Keys
 from tests.support.samples import sample
 
@@ -286,3 +287,36 @@ def test_the_owner_of_the_keys_changes_them_after_root_did():
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert (done.returncode, done.stderr) == (0, "")
         assert path.stat().st_uid == 65534
+
+
+class Unreachable:
+    """A source whose keys cannot be read at first."""
+
+    fails = True
+
+    async def changed(self) -> Keyring | None:
+        if self.fails:
+            raise KeysError("Redis does not answer")
+        return Keyring()
+
+    async def run(self) -> None: ...
+
+
+async def test_a_service_is_not_ready_until_its_keys_were_read():
+    source, house = Unreachable(), House()
+    gate = Gate(source, house.metrics)
+    for model in house.readiness.faults:
+        house.readiness.set(model, "")
+    edges = [
+        make(house.pipeline, house.readiness, house.settings, house.metrics, access=gate)
+        for make in (http_edge, grpc_edge)
+    ]
+    await gate.look()
+    assert [dict(edge.faults()) for edge in edges] == [{"keys": "the API keys have not been read yet"}] * 2
+    source.fails = False
+    await gate.look()
+    assert [dict(edge.faults()) for edge in edges] == [{}, {}]
+    source.fails = True
+    await gate.look()  # the last ones stay in use
+    assert [dict(edge.faults()) for edge in edges] == [{}, {}]
+    house.reader.close()

@@ -16,11 +16,13 @@ ASKED = {"image": base64.b64encode(png()).decode(), "question": "what colour?"}
 PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "content-type,x-tenant-id"}
 
 
-async def called(origins: str, method: str, origin: str = APP, **request: object) -> httpx.Response:
+async def called(
+    origins: str, method: str, origin: str = APP, asked: dict[str, str] = PREFLIGHT, **request: object
+) -> httpx.Response:
     house = House(cors_origins=origins)
     transport = httpx.ASGITransport(http_api(house.edge))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
-        headers = {"origin": origin} | (PREFLIGHT if method == "OPTIONS" else {})
+        headers = {"origin": origin} | (asked if method == "OPTIONS" else {})
         response = await http.request(method, "/v1/vqa", headers=headers, **request)  # type: ignore[arg-type]
     house.reader.close()
     return response
@@ -39,6 +41,18 @@ async def test_an_origin_that_is_set_may_call_and_read_errors_too(origins):
         response = await called(origins, "POST", json=body)
         assert (response.status_code, response.headers["access-control-allow-origin"]) == (status, APP)
         assert "x-request-id" in response.headers["access-control-expose-headers"]
+
+
+STAINLESS = "authorization,content-type,traceparent,x-stainless-arch,x-stainless-lang,x-stainless-retry-count"
+
+
+@pytest.mark.parametrize(("method", "sent"), [("POST", STAINLESS), ("PATCH", "content-type,x-api-key")])
+async def test_openais_client_and_an_administrator_may_call_from_a_page(method, sent):
+    asked = {"access-control-request-method": method, "access-control-request-headers": sent}
+    response = await called(APP, "OPTIONS", asked=asked)
+    assert response.status_code == 200, response.text
+    assert set(sent.split(",")) <= set(response.headers["access-control-allow-headers"].replace(" ", "").split(","))
+    assert "access-control-allow-credentials" not in response.headers
 
 
 async def test_other_origins_are_not_told_anything():

@@ -28,6 +28,7 @@ from tests.support.fakes import CLOSER, House, png
 from tests.support.servers import eventually
 
 QUESTION = json.dumps({"image": base64.b64encode(png()).decode(), "question": "what colour?"}).encode()
+APP = "https://app.example"
 LIVE = b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
 SHORT = ConnectionLimits(head_timeout_s=0.4, write_timeout_s=0.4, linger_s=0.4)
 
@@ -36,7 +37,7 @@ class Served:
     """A service without Triton that listens on a real port, in a thread with a loop of its own."""
 
     def __init__(self, limits: ConnectionLimits, proxies: Proxies) -> None:
-        self.house = House(CLOSER)
+        self.house = House(CLOSER, cors_origins=APP)
         self.lag_s = 0.0  # what the event loop is told to be late
         self.edge = replace(self.house.edge, connections=limits, proxies=proxies, lag_s=lambda: self.lag_s)
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -630,6 +631,29 @@ def test_a_refused_question_that_goes_on_for_ever_is_cut(crowded):
     with crowded.connect() as client:
         client.sendall(post(b"x" * 1000)[:-1])
         assert b" 429 " in read_all(client)
+
+
+def heads(response: bytes) -> dict[str, str]:
+    lines = response.partition(b"\r\n\r\n")[0].decode().split("\r\n")[1:]
+    return {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+
+
+def test_a_refusal_before_the_application_has_its_id_and_can_be_read_by_a_page(crowded):
+    mine = [b"x-request-id: mine-1", b"origin: " + APP.encode(), b"connection: close"]
+    told = heads(crowded.exchange(post(QUESTION, *mine)))
+    assert (told["x-request-id"], told["access-control-allow-origin"]) == ("mine-1", APP)
+    assert "retry-after" in told["access-control-expose-headers"]
+    assert told["vary"] == "Origin"
+    other = heads(crowded.exchange(post(QUESTION, b"origin: https://other.example", b"connection: close")))
+    assert len(other["x-request-id"]) == 32
+    assert "access-control-allow-origin" not in other
+
+
+def test_a_refused_head_has_its_id_and_can_be_read_by_a_page(service):
+    mine = [b"x-request-id: mine-2", b"origin: " + APP.encode()]
+    told = heads(service.exchange(get(*mine, *(b"x-%d: a" % number for number in range(101)))))
+    assert (told["x-request-id"], told["access-control-allow-origin"]) == ("mine-2", APP)
+    assert len(heads(service.exchange(b"no http\r\n\r\n"))["x-request-id"]) == 32
 
 
 @pytest.mark.parametrize("last", [b"connection: close", None])

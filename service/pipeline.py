@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from service.admission.admission import Admission, Reservation, Size
+from service.admission.patience import NO_PATIENCE, Patience
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, SharedTier
@@ -66,7 +67,7 @@ from service.vision_stage.plan import Film
 if TYPE_CHECKING:
     from service.telemetry.spans import Traces
 
-__all__ = ["Pipeline", "Reservation", "Size"]  # the only names that a transport imports
+__all__ = ["Patience", "Pipeline", "Reservation", "Size"]  # the only names that a transport imports
 
 
 class Pipeline:
@@ -94,7 +95,7 @@ class Pipeline:
         self.reader = reader
         self.settings = settings
         self.metrics = metrics
-        self.outcomes = Outcomes(metrics, traces)
+        self.outcomes = Outcomes(metrics, traces, always_streams=settings.first_token_budget_s is not None)
         self.images = Images(
             ImageStore(settings.image_store_bytes, settings.image_ttl_s),
             reader,
@@ -148,7 +149,7 @@ class Pipeline:
 
     async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
-        with self.outcomes.of(request) as ticket, ExitStack() as admitted:
+        with self.outcomes.of(request, reservation.patience) as ticket, ExitStack() as admitted:
             if request.sampling.guide is not None:
                 async with ticket.in_time(reservation):
                     await self.guides.require(request.sampling.guide)
@@ -261,6 +262,7 @@ class Pipeline:
         row: bool = True,
         size: Size | None = None,
         within: Reservation | None = None,
+        patience: Patience = NO_PATIENCE,
     ) -> Iterator[Reservation]:
         """Open the reservation of one request. It lasts from before the body is read until the response has ended.
 
@@ -269,8 +271,10 @@ class Pipeline:
         `answer` and `keep_image` add to it, and give back what they added when they end. Raises Overloaded if there is
         no room for one more request. Without a `row`, the request needs none of the LLM's. `size` is what the door knew
         of the request. `within` is the reservation of the message or the batch that the request is a part of.
+        `patience` says how long it is asked again if there is no room.
         """
         with self.admission.reservation(tenant, size, within) as reservation:
+            reservation.patience = patience
             if row:
                 reservation.require_room(Cost(tokens=self.admission.row_tokens))
             reservation.account = self.accounts.of(tenant, key)
@@ -299,6 +303,7 @@ class Pipeline:
         """
         with reservation.work():
             choices = self.models.choices(ticket.request)
+            reservation.is_hurried = ticket.request.is_hurried
             tokens = max(self.admission.row_tokens, *(choice.tokens for choice in choices))
             reservation.reserve(Cost(tokens=tokens))
             ticket.tokens = tokens

@@ -70,7 +70,7 @@ OVERVIEW = Dashboard(
             "ok, or the code of an error. Codes are in service/core/errors.py.",
             kind="stacked",
         ),
-        Panel("Time to first token", quantiles("glimpse_time_to_first_token_seconds"), "s", "Of answered questions."),
+        Panel("Time to first token", quantiles("glimpse_time_to_first_token_seconds"), "s", "Of streamed answers."),
         Panel(
             "Burn rate of availability",
             burn_rates("availability_missed", 0.001),

@@ -20,11 +20,12 @@ from service.admission.batch_turns import BatchTurns
 from service.admission.concurrency_limit import ConcurrencyLimit
 from service.admission.contention import Contention
 from service.admission.fidelity import LEVELS, Fidelity, Level
+from service.admission.patience import NO_PATIENCE
 from service.admission.quota import NOTHING, Cost, Quota, Refusal
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 from service.core.access import UNLIMITED, Account
 from service.core.card import Engines
-from service.core.errors import DeadlineExceeded, Overloaded, ShuttingDown
+from service.core.errors import BATCH_WAIT, SHORT_DEADLINE, DeadlineExceeded, Overloaded, ShuttingDown
 from service.core.variant import Served
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -172,11 +173,13 @@ class Admission:
         for reservation in self._open:
             reservation.end()
 
-    def refuse(self, refusal: Refusal) -> Overloaded:
-        self._metrics.refusals.labels(refusal.code).inc()
+    def refuse(self, refusal: Refusal, reservation: Reservation | None = None) -> Overloaded:
+        """Count a refusal -> its error. `reservation` is that of the refused request, if it has one."""
         retry_after_s = min(max(refusal.retry_after_s, 1.0), MAX_RETRY_AFTER_S)
         kind = ShuttingDown if refusal.code == ShuttingDown.code else Overloaded
-        return kind(refusal.message, retry_after_s=retry_after_s, code=refusal.code)
+        error = kind(refusal.message, retry_after_s=retry_after_s, code=refusal.code)
+        self._metrics.refusals.labels(refusal.code if reservation is None else reservation.reason_for(error)).inc()
+        return error
 
     async def grant(self, claim: Claim) -> None:
         """Wait until the claim is granted.
@@ -186,7 +189,7 @@ class Admission:
         now = time.monotonic()
         if (refusal := self.scheduler.submit(claim, now)) is not None:
             self._note_read_refusal(claim, now)
-            raise _over() if now >= claim.deadline else self.refuse(refusal)
+            raise _over() if now >= claim.deadline else self.refuse(refusal, _reservation_of(claim))
         self.schedule(now)
         if claim.granted_at is None and not claim.over:
             grant = self._grants[claim] = asyncio.get_running_loop().create_future()
@@ -194,10 +197,11 @@ class Admission:
         if claim.granted_at is None:
             if time.monotonic() >= claim.deadline:
                 raise _over()
-            raise self.refuse(self.scheduler.expired(claim))
+            raise self.refuse(self.scheduler.expired(claim), _reservation_of(claim))
 
     def _note_read_refusal(self, claim: Claim, now: float) -> None:
-        size = claim.request.size if isinstance(claim.request, Reservation) else None
+        reservation = _reservation_of(claim)
+        size = None if reservation is None else reservation.size
         if size is not None:
             self._refused_at[size] = now
             latest = now + 2 * READ_REFUSALS * READ_REFUSAL_S
@@ -274,6 +278,8 @@ class Reservation:
         self._over_bytes = 0  # to give back when that work has ended
         self.account: Account = UNLIMITED  # of its tenant's quota
         self.served: Served | None = None  # which variant answers; None until one was chosen
+        self.patience = NO_PATIENCE
+        self.is_hurried = False  # see Request
         self._ends: list[asyncio.Timeout] = []  # of the blocks that `end` can leave, the innermost last
 
     def until_end(self, timeout_s: float | None = None) -> UntilEnd:
@@ -288,11 +294,17 @@ class Reservation:
         if self._ends and not self._ends[-1].expired():  # one whose own time is over ends anyway
             self._ends[-1].reschedule(asyncio.get_running_loop().time())
 
+    def reason_for(self, refusal: Overloaded) -> str:
+        """Return the reason under which a refusal is counted."""
+        if self.patience.waits_for(refusal):
+            return BATCH_WAIT
+        return SHORT_DEADLINE if self.is_hurried and refusal.code == "deadline" else refusal.code
+
     def require_room(self, cost: Cost, *, keep_free: Cost = NOTHING) -> None:
         """Check that the cost could be reserved now, but reserve nothing. Raises Overloaded."""
         quota = self._admission.quota
         if (refusal := quota.refusal(cost, self.tenant, inside=self._inside, keep_free=keep_free)) is not None:
-            raise self._admission.refuse(refusal)
+            raise self._admission.refuse(refusal, self)
         self._inside = True
 
     @property
@@ -313,7 +325,7 @@ class Reservation:
         now, quota = time.monotonic(), self._admission.quota
         refusal = quota.reserve(cost, self.tenant, now, inside=self._inside, keep_free=keep_free)
         if refusal is not None:
-            raise self._admission.refuse(refusal)
+            raise self._admission.refuse(refusal, self)
         self._cost = self._cost.plus(cost)
         self._inside = True
 
@@ -471,6 +483,10 @@ class UntilEnd:
             raise ShuttingDown(
                 "this server stopped before the request was done: try again, another server answers"
             ) from exc
+
+
+def _reservation_of(claim: Claim) -> Reservation | None:
+    return claim.request if isinstance(claim.request, Reservation) else None
 
 
 def _over() -> DeadlineExceeded:

@@ -26,6 +26,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+# What metrics and the log say instead of an error's code, if the service did not fail a question.
+BATCH_WAIT = "batch_wait"  # of a refusal after which a question of a batch is asked again
+SHORT_DEADLINE = "short_deadline"  # of a deadline, if the caller gave less time than the service does
+
+
 class GlimpseError(Exception):
     """A failed request. `param` names the field at fault, `code` is stable for programs, the message is for people.
 
@@ -158,6 +163,7 @@ class Overloaded(GlimpseError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str | None = None, cause: str = "") -> None:
         super().__init__(message, code=code, cause=cause)
         self.retry_after_s = retry_after_s
+        self.is_wait = False  # True: a question of a batch waits, and is asked again
 
 
 class QuotaExceeded(Overloaded):

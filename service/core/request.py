@@ -148,6 +148,7 @@ class Request:
     system: str = ""  # what the model is told before the first question
     trace_id: str = ""  # the caller's own id of the request
     traceparent: str = ""  # the caller's span, as W3C Trace Context writes it
+    is_hurried: bool = False  # the caller gave it less time than the service does
     tenant: str = ""  # tenants share the service fairly; all requests without a name are one tenant
     priority: Priority = Priority.NORMAL
     min_confidence: float | None = None  # with less, the answer says that it abstains

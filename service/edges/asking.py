@@ -34,6 +34,9 @@ from service.core.viewport import AskedFit
 from service.edges.image_text import source_of
 
 
+SHORT_SHARE = 0.9  # of the default timeout
+
+
 @dataclass(frozen=True, slots=True)
 class QuestionLimits:
     """Limit what one question may ask for."""
@@ -41,6 +44,10 @@ class QuestionLimits:
     max_question_chars: int  # of the question and its earlier turns together
     default_timeout_s: float
     max_timeout_s: float
+
+    def is_short(self, timeout_s: float) -> bool:
+        """Return whether a caller gives less time than the service does. A deadline of gRPC loses some on its way."""
+        return timeout_s < SHORT_SHARE * self.default_timeout_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +119,7 @@ def to_request(
     images = [part for part in shown if not isinstance(part, Text | Clip)]
     parts = _looked_at(fields, parts)
     exchanges = tuple(replace(told, parts=_looked_at(fields, told.parts)) for told in exchanges)
+    timeout_s = _timeout_s(fields, limits)
     return Request(
         id=f"vqa_{uuid.uuid4().hex}",
         parts=parts,
@@ -125,7 +133,8 @@ def to_request(
         fit=fields.fit,
         page=fields.page or 1,
         sampling=_sampling(fields),
-        timeout_s=_timeout_s(fields, limits),
+        timeout_s=timeout_s,
+        is_hurried=limits.is_short(timeout_s),
         priority=fields.priority,
         min_confidence=fields.min_confidence,
         trace_id=trace_id,

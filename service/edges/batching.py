@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack, aclosing
@@ -16,13 +17,12 @@ from service.core.errors import (
     DeadlineExceeded,
     GlimpseError,
     Overloaded,
-    ShuttingDown,
     internal_error,
     without_frames,
 )
 from service.core.request import Request
 from service.edges.caller import Caller
-from service.pipeline import Pipeline, Reservation
+from service.pipeline import Patience, Pipeline, Reservation
 
 log = structlog.get_logger()
 
@@ -45,6 +45,7 @@ class Batch:
     pipeline: Pipeline
     caller: Caller
     deadline: float  # of the event loop's clock
+    is_hurried: bool = False  # the caller gave it less time than the service does
 
     async def run(
         self,
@@ -92,23 +93,26 @@ class Batch:
         """
         loop, is_counted = asyncio.get_running_loop(), False
         deadline = min(loop.time() + request.timeout_s, self.deadline)
+        patience = Patience(time.monotonic() + deadline - loop.time())
+        request = replace(request, is_hurried=request.is_hurried or self.is_hurried)
         while True:
             if (left_s := deadline - loop.time()) <= 0:
-                raise DeadlineExceeded(
-                    "the batch's time was over before this question was answered: try again",
-                    param="timeout_s",
-                )
+                with self.pipeline.outcomes.of(request):  # counts and logs it
+                    raise DeadlineExceeded(
+                        "the batch's time was over before this question was answered: try again",
+                        param="timeout_s",
+                    )
             asked = replace(request, id=f"vqa_{uuid.uuid4().hex}", timeout_s=min(left_s, request.timeout_s))
             try:
-                with self.pipeline.reservation(request.tenant, self.caller.key, within=within) as reservation:
+                with self.pipeline.reservation(
+                    request.tenant, self.caller.key, within=within, patience=patience
+                ) as reservation:
                     if not is_counted:
                         await reservation.account.enter(place=False)  # the batch has one
                         is_counted = True
                     return asked, *await self._asked(asked, reservation)
-            except ShuttingDown:
-                raise
             except Overloaded as refusal:
-                if loop.time() + refusal.retry_after_s >= deadline:
+                if not patience.waits_for(refusal):
                     raise
                 await asyncio.sleep(refusal.retry_after_s)
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from service.core.errors import Cancelled, DeadlineExceeded, GlimpseError, InternalError, internal_error
+from service.admission.patience import NO_PATIENCE, Patience
+from service.core.errors import (
+    BATCH_WAIT,
+    SHORT_DEADLINE,
+    Cancelled,
+    DeadlineExceeded,
+    GlimpseError,
+    InternalError,
+    Overloaded,
+    internal_error,
+)
 from service.core.payer import Payer
 from service.core.request import Request
 from service.core.variant import DEFAULT
@@ -23,25 +33,28 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+OVER = ("deadline", DeadlineExceeded.code)  # outcomes of a request whose time was too short
 # With these outcomes the LLM stopped early: the caller would not have read the remaining tokens.
-NOTHING_MORE_TO_DO = ("cancelled", "deadline", "deadline_exceeded")
+NOTHING_MORE_TO_DO = ("cancelled", "deadline", "deadline_exceeded", SHORT_DEADLINE)
 
 
 class Outcomes:
     """Count and log the outcomes of all requests. Made once by the pipeline."""
 
-    def __init__(self, metrics: Metrics, traces: Traces | None = None) -> None:
+    def __init__(self, metrics: Metrics, traces: Traces | None = None, *, always_streams: bool = False) -> None:
+        """`always_streams` says that the LLM sends tokens one by one, whatever a request says."""
         self.metrics = metrics
         self.traces = traces
+        self.always_streams = always_streams
 
     @contextmanager
-    def of(self, request: Request) -> Iterator[Ticket]:
+    def of(self, request: Request, patience: Patience = NO_PATIENCE) -> Iterator[Ticket]:
         """Open the request's ticket, and count and log its outcome when the block ends.
 
-        An unknown error becomes InternalError.
+        An unknown error becomes InternalError. If `patience` waits for a refusal, the question has not ended.
         """
         now = time.monotonic()
-        ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s)
+        ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s, always_streams=self.always_streams)
         ticket.payer = self.metrics.costs.payer(request.tenant)
         if self.traces is not None:
             ticket.trace = self.traces.request(request.traceparent)
@@ -49,7 +62,7 @@ class Outcomes:
         try:
             yield ticket
         except GlimpseError as error:
-            ticket.outcome, fault = error.code, error
+            ticket.outcome, fault = _outcome_of(error, patience), error
             raise
         except Exception as error:
             ticket.outcome, fault = InternalError.code, error
@@ -57,6 +70,8 @@ class Outcomes:
         finally:
             if ticket.outcome == Cancelled.code and ticket.left_s <= 0:
                 ticket.outcome = DeadlineExceeded.code  # the edge's timeout came first: the loop stood still
+            if request.is_hurried and ticket.outcome in OVER:
+                ticket.outcome = SHORT_DEADLINE
             self._count(ticket)
             _log(ticket, fault)
             if ticket.trace is not None:
@@ -86,20 +101,23 @@ class Outcomes:
         timing_ms = ticket.timing_ms()
         ended = Ended(
             answered=ticket.outcome == "ok",
-            streamed=ticket.request.sampling.streaming,
+            streamed=ticket.streams,
             encoded_images=ticket.encoded,
             prompt_tokens=ticket.prompt_tokens,
             visual_tokens=ticket.visual_tokens,
             generated_tokens=ticket.completion_tokens,
         )
         self.metrics.costs.ended(Payer(ticket.payer.tenant, ticket.variant), ended)
-        self.metrics.requests.labels(ticket.outcome, ticket.variant).inc()
+        if ticket.outcome != BATCH_WAIT:  # the question has not ended: it is asked again
+            self.metrics.requests.labels(ticket.outcome, ticket.variant).inc()
         self.metrics.prompt_tokens.labels(ticket.variant).inc(ticket.prompt_tokens)
         self.metrics.generated_tokens.labels(ticket.variant).inc(ticket.completion_tokens)
         if ticket.outcome == "ok":
             exemplar = {"trace_id": ticket.trace.id} if ticket.trace is not None else None
             self.metrics.e2e_request_latency.labels(ticket.variant).observe(timing_ms["total"] / 1e3, exemplar)
-            self.metrics.time_to_first_token.labels(ticket.variant).observe(timing_ms["first_token"] / 1e3, exemplar)
+            if ticket.streams:
+                first_s = timing_ms["first_token"] / 1e3
+                self.metrics.time_to_first_token.labels(ticket.variant).observe(first_s, exemplar)
             if ticket.kind is not None:
                 self.metrics.request_queue_time.labels(ticket.kind).observe(timing_ms["queue"] / 1e3)
             for name, stage in ticket.stages.items():
@@ -107,6 +125,10 @@ class Outcomes:
         elif ticket.tokens and ticket.outcome in NOTHING_MORE_TO_DO:
             saved = ticket.request.sampling.max_tokens - ticket.completion_tokens
             self.metrics.tokens_saved.labels(ticket.outcome).inc(saved)
+
+
+def _outcome_of(error: GlimpseError, patience: Patience) -> str:
+    return BATCH_WAIT if isinstance(error, Overloaded) and patience.waits_for(error) else error.code
 
 
 def _log(ticket: Ticket, fault: Exception | None) -> None:

@@ -72,6 +72,7 @@ class Ticket:
     request: Request
     arrived: float
     deadline: float
+    always_streams: bool = False  # the LLM sends tokens one by one, whatever the request says
     outcome: str = "cancelled"  # until another outcome is known
     tokens: int = 0  # upper limit of its LLM tokens; 0 until it is admitted
     kind: Kind | None = None  # known once an image was looked up
@@ -122,12 +123,17 @@ class Ticket:
             self.trace.tell(**attributes)
 
     @property
+    def streams(self) -> bool:
+        """Return whether the LLM sends tokens as they come: the time of the first one is known."""
+        return self.always_streams or self.request.sampling.streaming
+
+    @property
     def writing(self) -> str:
         """Name the LLM's current stage.
 
         An answer that is not streamed has one stage, generate, because its first token's time is unknown.
         """
-        if not self.request.sampling.streaming:
+        if not self.streams:
             return "generate"
         return "prefill" if self.first_token is None else "decode"
 

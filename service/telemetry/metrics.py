@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
 
-from service.core.errors import error_codes
+from service.core.errors import BATCH_WAIT, SHORT_DEADLINE, error_codes
 from service.core.variant import DEFAULT
 from service.system.resources import Resources
 from service.telemetry.costs import Costs
@@ -51,7 +51,11 @@ class Metrics:
         self.costs = Costs(tenant_labels)
         self.registry.register(self.costs)
         self.requests = self._counter(
-            "requests", "Questions that ended, by outcome: ok or an error code.", "outcome", "variant"
+            "requests",
+            "Questions that ended, by outcome: ok, an error code, or short_deadline (it ended at a deadline that its caller "
+            "had set shorter than the service's default).",
+            "outcome",
+            "variant",
         )
         self.model_info = self._gauge("model_info", "1 for the served model and its precision.", "model", "precision")
         self.http_requests = self._counter(
@@ -61,8 +65,10 @@ class Metrics:
         self.in_flight = self._gauge("requests_in_flight", "Questions that are admitted and have not ended.")
         self.refusals = self._counter(
             "refusals",
-            "Refusals for lack of capacity, by reason: saturated, tenant_share, deadline, shutting_down. A refused "
-            "request gets no answer; if only its closer view was refused, it is answered without that view.",
+            "Refusals for lack of capacity, by reason: saturated, tenant_share, deadline, shutting_down; short_deadline "
+            "(its caller had set a shorter one than the service's default), batch_wait (a question of a batch waits and "
+            "is asked again). A refused request gets no answer; if only its closer view was refused, it is answered "
+            "without that view.",
             "reason",
         )
         self.image_fetches = self._counter(
@@ -101,7 +107,9 @@ class Metrics:
             "variant",
         )
         self.time_to_first_token = self._seconds(
-            "time_to_first_token_seconds", "Seconds from arrival to the first token.", "variant"
+            "time_to_first_token_seconds",
+            "Seconds from arrival to the first token, of answers that are streamed.",
+            "variant",
         )
         self.inter_token_latency = self._seconds(
             "inter_token_latency_seconds",
@@ -274,7 +282,7 @@ class Metrics:
                 self.fallbacks.labels(variant, reason)
             for result in ("made", "refused"):
                 self.upstream_retries.labels(variant, result)
-        for outcome in ("ok", *error_codes()):
+        for outcome in ("ok", SHORT_DEADLINE, *error_codes()):
             self.requests.labels(outcome, variant)
         for metric in (
             self.e2e_request_latency,
@@ -297,9 +305,9 @@ class Metrics:
 
     def _begin_at_zero(self) -> None:
         """Make the series that alerts count: a rate does not see the first event of a series that begins with it."""
-        for reason in ("saturated", "tenant_share", "deadline", "shutting_down"):
+        for reason in ("saturated", "tenant_share", "deadline", "shutting_down", SHORT_DEADLINE, BATCH_WAIT):
             self.refusals.labels(reason)
-        for reason in ("cancelled", "deadline", "deadline_exceeded"):
+        for reason in ("cancelled", "deadline", "deadline_exceeded", SHORT_DEADLINE):
             self.tokens_saved.labels(reason)
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:

@@ -107,6 +107,20 @@ BURNS = [
         ("an hour at 16 that has ended", 16, 60, [], 10),
     ]
 ]
+DAYS = 3 * MINUTES_A_DAY
+BURNS.append(
+    Case(
+        "GlimpseErrorBudgetBurns",
+        "GlimpseErrorBudgetBurns: deadlines that callers made short, and waits of batches",
+        DAYS,
+        {
+            'glimpse_requests_total{outcome="ok"}': f"0+1000x{DAYS}",
+            'glimpse_requests_total{outcome="short_deadline"}': f"0+500x{DAYS}",
+            'glimpse_refusals_total{reason="short_deadline"}': f"0+500x{DAYS}",
+            'glimpse_refusals_total{reason="batch_wait"}': f"0+500x{DAYS}",
+        },
+    )
+)
 GATEWAY = {"instance": "g:8080", "job": "glimpse"}
 HOST = 'instance="g:8080", job="glimpse"'
 LOOKUPS = "glimpse_feature_cache_lookups_total"
@@ -273,9 +287,31 @@ CAUSES = [
         {
             'glimpse_refusals_total{reason="saturated"}': "0+2x30",
             'glimpse_refusals_total{reason="tenant_share"}': "0+50x30",
+            'glimpse_refusals_total{reason="short_deadline"}': "0+50x30",
+            'glimpse_refusals_total{reason="batch_wait"}': "0+50x30",
         },
         {},
         rest={'glimpse_requests_total{outcome="ok"}': "0+100x30"},
+    ),
+    *pair(
+        "GlimpseEdgeFailing",
+        20,
+        {'glimpse_http_requests_total{method="POST", route="none", status="503"}': "0+10x30"},
+        {
+            'glimpse_http_requests_total{method="GET", route="/health/ready", status="503"}': "0+90x30",
+            'glimpse_http_requests_total{method="POST", route="/v1/vqa", status="504"}': "0+90x30",
+            'glimpse_grpc_requests_total{method="Watch", status="UNAVAILABLE"}': "0+90x30",
+            'glimpse_grpc_requests_total{method="Answer", status="INTERNAL"}': "0+2x30",
+        },
+        {},
+        rest={'glimpse_http_requests_total{method="POST", route="/v1/vqa", status="200"}': "0+100x30"},
+    ),
+    Case(
+        "GlimpseEdgeFailing",
+        "GlimpseEdgeFailing fires if all calls of gRPC fail",
+        20,
+        {'glimpse_grpc_requests_total{method="Answer", status="UNAVAILABLE"}': "0+10x30"},
+        [{}],
     ),
     *pair(
         "GlimpseDrainStuck",

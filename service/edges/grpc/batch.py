@@ -46,9 +46,11 @@ class BatchCall:
 
     async def run(self) -> None:
         """Answer until the caller has sent its last question. Raises what reading a message does."""
-        timeout_s = self.call.time_left_s()
-        timeout_s = self.edge.batches.timeout_s if timeout_s is None else min(timeout_s, self.edge.batches.timeout_s)
-        batch = Batch(self.edge.pipeline, self.call.caller, asyncio.get_running_loop().time() + timeout_s)
+        left_s, most_s = self.call.time_left_s(), self.edge.batches.timeout_s
+        timeout_s = most_s if left_s is None else min(left_s, most_s)
+        ends_at = asyncio.get_running_loop().time() + timeout_s
+        is_hurried = timeout_s < most_s and self.edge.questions.is_short(timeout_s)
+        batch = Batch(self.edge.pipeline, self.call.caller, ends_at, is_hurried=is_hurried)
 
         async def answer(index: int, taken: Taken) -> pb.BatchResponse:
             if taken.refusal is not None:

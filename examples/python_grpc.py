@@ -31,4 +31,4 @@ with grpc.insecure_channel(address) as channel:
     asked = [question(image, f"is there a {color} ring?") for color in ("blue", "red")]
     batch = (pb.BatchRequest(index=index, question=each) for index, each in enumerate(asked))
     for result in glimpse.Batch(batch):
-        print(result.index, result.answer.answer or result.error.message)
+        print(result.index, result.error.message if result.HasField("error") else result.answer.answer)

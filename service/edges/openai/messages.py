@@ -102,6 +102,12 @@ class _Conversation:
 
     def add(self, place: str, message: ChatMessage) -> None:
         content = f"{place}.content"
+        if message.parsed is not None and message.role != "assistant":
+            raise InvalidRequest(
+                f"{place}.parsed is given, and only an assistant's message may have it: leave it out",
+                param=f"{place}.parsed",
+                code=UNSUPPORTED,
+            )
         if message.role == "user":
             self.asked += self._parts(content, message)
             self.names["question"] = content

@@ -165,6 +165,9 @@ class ChatMessage(BaseModel):
     audio: Refused = None
     function_call: Refused = None
     name: Refused = None
+    parsed: object = Field(
+        None, description="Of an assistant's message that a client parsed and sends back. It has no effect."
+    )
     refusal: Refused = None
     tool_call_id: Refused = None
     tool_calls: Annotated[object, Only([])] = None

@@ -98,6 +98,9 @@ def test_an_answer_is_parsed_into_a_model_of_pydantic(client, chat):
     answer = client.chat.completions.parse(**chat | {"max_tokens": 100}, messages=[ASKED], response_format=Looked)
     assert answer.choices[0].finish_reason == "stop"
     assert isinstance(answer.choices[0].message.parsed, Looked)
+    for sent in (answer.choices[0].message, answer.choices[0].message.model_dump()):
+        again = client.chat.completions.create(**chat, messages=[ASKED, sent, user(text("sure?"))])
+        assert again.choices[0].message.content
     with client.chat.completions.stream(
         **chat | {"max_tokens": 100}, messages=[ASKED], response_format=Looked
     ) as stream:

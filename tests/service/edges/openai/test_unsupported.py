@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
+from openai.types.chat import ParsedChatCompletionMessage
 from openai.types.chat import completion_create_params as params
 
 from service.core.errors import InvalidRequest
@@ -92,6 +93,7 @@ def test_a_value_of_another_type_is_not_neutral(name, value):
         ([{"role": "function", "content": "x", "name": "f"}], "messages.0.role"),
         ([ASKED, assistant("a") | {"tool_calls": [TOOL]}, ASKED], "messages.1.tool_calls"),
         ([ASKED, assistant("a") | {"function_call": {"name": "f"}}, ASKED], "messages.1.function_call"),
+        ([ASKED | {"parsed": {}}], "messages.0.parsed"),
         ([ASKED, assistant("a") | {"refusal": "no"}, ASKED], "messages.1.refusal"),
         ([ASKED, assistant("a") | {"audio": {"id": "a"}}, ASKED], "messages.1.audio"),
         ([ASKED, assistant([{"type": "refusal", "refusal": "no"}]), ASKED], "messages.1.content.0.type"),
@@ -111,6 +113,14 @@ def test_a_part_of_a_message_that_is_not_supported_is_named(messages, param):
 def test_an_answer_can_be_sent_back_as_it_came():
     answer = assistant("a circle") | {"refusal": None, "annotations": [], "tool_calls": None, "function_call": None}
     assert request(ASKED, answer, user(text("sure?"))).exchanges[0].answer == "a circle"
+
+
+def test_an_answer_that_the_client_parsed_can_be_sent_back():
+    """The whole of model_dump, which has each field of the client's message."""
+    message = ParsedChatCompletionMessage[Any](role="assistant", content='{"a":1}', parsed={"a": {"b": [1]}})
+    for dumped in (message.model_dump(), message.to_dict()):
+        asked = request(ASKED, dumped, user(text("sure?")))
+        assert asked.exchanges[0].answer == '{"a":1}'
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -23,6 +23,9 @@ export function useKey(text) {
   key = text.trim();
 }
 
+/** Whether the service gets a key from this page. */
+export const usesKey = () => Boolean(key);
+
 async function call(path, options = {}) {
   let response;
   try {

@@ -15,19 +15,26 @@ let card = null;
 let chosenSettings = () => [{ name: "A", words: "detail low", fields: {} }]; // until the card is there
 let fitSettings = () => {}; // to an image, or to a video
 let running = null; // an AbortController
+let failed = null; // the entry that the visitor can ask again
+let takes = 0; // files that were brought so far
 let nextLook = 0; // a timer's id
 const entries = [];
 
 /** Put an image on the stage. */
 async function take(file, example = null) {
   clearTrouble();
-  const before = picture;
+  const take = (takes += 1);
+  let found;
   try {
-    picture = await pictureOf(file, example);
+    found = await pictureOf(file, example);
   } catch (error) {
     if (!(error instanceof NotAnImage)) throw error;
+    if (take !== takes) return;
     return showTrouble({ title: "Wrong file", text: error.message, retryAfterS: 0 });
   }
+  if (take !== takes) return found.close(); // a later file was read sooner
+  const before = picture;
+  picture = found;
   byId("page").value = 1;
   showPicture();
   release(before);
@@ -36,7 +43,7 @@ async function take(file, example = null) {
 
 /** Free a picture that is not shown and that no answer shows. */
 function release(old) {
-  const isAsked = running && entries.at(-1).picture === old;
+  const isAsked = (running && entries.at(-1).picture === old) || failed?.picture === old;
   const isNeeded = entries.some((each) => each.picture === old && each.runs.some((run) => run.looks.length));
   if (old && old !== picture && !isAsked && !isNeeded) old.close();
 }
@@ -75,21 +82,30 @@ function showForeign() {
 async function ask() {
   const question = byId("question").value.trim();
   if (!isAskable(question)) return;
-  clearTrouble();
   const page = picture.isPaged ? Number(byId("page").value) : null;
-  const entry = new Entry(picture, question, page, chosenSettings(), (shown) => {
+  await pursue(picture, question, page, chosenSettings().map(({ name, words, fields }) => ({ name, words, fields })));
+}
+
+/** Ask a question about a picture, which may no longer be the one on the stage. */
+async function pursue(asked, question, page, settings) {
+  if (running) return;
+  const entry = new Entry(asked, question, page, settings, (shown) => {
     if (shown.page) byId("page").value = shown.page;
     showPicture(shown);
     byId("stage").scrollIntoView({ block: "nearest" });
   });
   entries.push(entry);
   running = new AbortController();
+  clearTrouble();
   showRunning(true);
   try {
     for (const run of entry.runs) await answer(entry, run, running.signal);
   } catch (error) {
     for (const run of entry.runs) if (!run.isFinished) run.stop(error.name === "AbortError" ? "Stopped." : "No answer.");
-    if (error.name !== "AbortError") showTrouble(troubleInWords(error), ask);
+    if (error.name !== "AbortError") {
+      showTrouble(troubleInWords(error), () => pursue(asked, question, page, settings));
+      failed = entry;
+    }
     if (isAboutKey(error)) askForKey("");
     if (error instanceof api.Unreachable || error.status === 503) showHealth();
   } finally {
@@ -113,7 +129,8 @@ async function answer(entry, run, signal) {
   } catch {
     run.tell(signal.aborted ? "Stopped before its frames were shown." : "This browser cannot show the frames of this video.");
   }
-  showPicture(entry);
+  if (picture === entry.picture) showPicture(entry);
+  else entry.shown = false; // the visitor has taken another picture meanwhile
   const name = entry.runs.length > 1 ? ` ${run.name}` : "";
   byId("said").textContent = `Answer${name}: ${run.answer}. ${allLookedAt(run.looks)}`;
 }
@@ -134,8 +151,9 @@ function isAskable(question) {
     return false;
   }
   for (const control of byId("settings").querySelectorAll("input")) {
-    if (!control.reportValidity()) {
-      byId("settings").open = true;
+    if (!control.closest("[hidden]:not(#settings)") && !control.checkValidity()) {
+      byId("settings").open = true; // a control that is not shown cannot say what is wrong
+      control.reportValidity();
       return false;
     }
   }
@@ -150,6 +168,9 @@ function showRunning(is) {
 
 function clearTrouble() {
   byId("trouble").replaceChildren();
+  const old = failed;
+  failed = null;
+  if (old) release(old.picture);
 }
 
 /** `again` is offered once the service has the time that it asked for. */
@@ -211,6 +232,7 @@ function askForKey(fault) {
   byId("health").className = "health waiting";
   byId("health").textContent = "The service needs a key";
   byId("key-form").hidden = false;
+  for (const link of document.querySelectorAll("nav [data-needs-key]")) link.hidden = true; // a link sends no key
   byId("key-fault").textContent = fault;
 }
 

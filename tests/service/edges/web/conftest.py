@@ -7,11 +7,14 @@ import base64
 import shutil
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import playwright
 import pytest_asyncio
 import uvicorn
 from playwright.async_api import Browser, ConsoleMessage, Page, Request, async_playwright
@@ -27,6 +30,12 @@ ARGUMENTS = ["--no-sandbox", "--disable-features=SpareRendererForSitePerProcess"
 PATIENCE_MS = 60_000  # a busy machine takes seconds to start a page
 # A file's bytes in the page from `text`, which is base64: Playwright sends a list as an object for each item.
 BYTES = "Uint8Array.from(atob(text), (each) => each.charCodeAt(0))"
+NODE = Path(playwright.__file__).parent / "driver" / "node"
+COMMANDS = {  # that run what the page shows as code
+    "curl": ["sh", "-c"],
+    "Python": [sys.executable, "-c"],
+    "JavaScript": [str(NODE), "--input-type=module", "--eval"],
+}
 BLOCKED = (
     "document.addEventListener('securitypolicyviolation', (e) => console.error(e.violatedDirective, e.blockedURI))"
 )

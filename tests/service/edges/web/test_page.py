@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from io import BytesIO
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from playwright.async_api import Browser
 
 from service.core.errors import Overloaded, Unavailable
 from service.media.store import ImageStore
-from tests.service.edges.web.conftest import BYTES, Kept, Open, Visit, kept, text_of
+from tests.service.edges.web.conftest import BYTES, COMMANDS, Kept, Open, Visit, kept, text_of
 from tests.support.fakes import png, until
 from tests.support.keys import Keys
 
@@ -213,6 +215,118 @@ async def test_what_a_service_says_is_never_markup(visit: Visit, service: Kept):
     assert await visit.page.locator("#answers img, #answers i, #stage b").count() == 0
 
 
+async def test_an_image_that_is_chosen_while_an_answer_comes_stays(visit: Visit, service: Kept):
+    language = service.house.language
+    language.gate.clear()
+    language.wait_at = 2
+    await visit.choose(png(), "first.png")
+    await visit.ask("what is there?")
+    await visit.page.locator("#answers .answer").filter(has_text="a red").wait_for()
+    await visit.choose(png((1, 2, 3)), "second.png")
+    await visit.page.wait_for_selector("#stage canvas[aria-label^='second.png']")
+    language.gate.set()
+    assert await visit.answers() == ["a red square"]
+    assert await visit.page.locator("#stage canvas[aria-label^='second.png']").count() == 1
+    await visit.page.get_by_role("button", name="Show on the image").click()
+    assert await visit.page.locator("#stage canvas[aria-label^='first.png']").count() == 1
+
+
+async def test_asking_again_repeats_what_failed(visit: Visit, service: Kept):
+    service.house.vision.fault = Unavailable("the model see does not answer: retry in a few seconds")
+    await visit.choose(png(), "first.png")
+    await visit.ask("what is there?")
+    await visit.page.wait_for_selector(TROUBLE)
+    service.house.vision.fault = None
+    await visit.page.fill("#question", "another question?")
+    await visit.page.click("#settings summary")
+    await visit.page.check("#compare")
+    await visit.page.click("#trouble button")
+    assert await visit.answers() == ["a red square"]
+    asked = [each.post_data_json for each in visit.posted("/v1/vqa")]
+    assert asked[0] == asked[1]
+    assert await visit.page.input_value("#question") == "another question?"
+
+
+async def test_what_failed_can_be_asked_again_though_its_image_was_exchanged_meanwhile(visit: Visit, service: Kept):
+    language = service.house.language
+    language.gate.clear()
+    language.wait_at = 2
+    await visit.choose(png(), "first.png")
+    await visit.ask("what is there?")
+    await visit.page.locator("#answers .answer").filter(has_text="a red").wait_for()
+    await visit.choose(png((1, 2, 3)), "second.png")
+    await visit.page.wait_for_selector("#stage canvas[aria-label^='second.png']")
+    language.fault = Unavailable("the model llm does not answer: retry in a few seconds")
+    language.gate.set()
+    await visit.page.wait_for_selector(TROUBLE)
+    language.fault = None
+    await visit.page.click("#trouble button")
+    assert await visit.answers() == ["a red square"]
+    await visit.page.get_by_role("button", name="Show on the image").click()
+    assert await visit.page.locator("#stage canvas[aria-label^='first.png']").count() == 1
+
+
+async def test_a_wrong_value_in_a_setting_that_is_not_shown_stops_nothing(visit: Visit):
+    await visit.choose(png())
+    await visit.page.click("#settings summary")
+    await visit.page.check("#compare")
+    await visit.page.fill("#vision-b-most", "7")
+    await visit.page.uncheck("#compare")
+    await visit.ask("what is there?")
+    assert await visit.answers() == ["a red square"]
+
+
+async def test_a_wrong_value_in_closed_settings_is_shown(visit: Visit):
+    await visit.choose(png())
+    await visit.page.click("#settings summary")
+    await visit.page.fill("#vision-a-most", "7")
+    await visit.page.click("#settings summary")
+    await visit.ask("what is there?")
+    await visit.page.wait_for_selector("#settings[open]")
+    assert await visit.page.evaluate("document.activeElement.id") == "vision-a-most"
+    assert visit.posted("/v1/vqa") == []
+
+
+async def code_of(visit: Visit, language: str) -> str:
+    await visit.page.get_by_role("button", name=language, exact=True).click()
+    return await visit.page.inner_text(".code code")
+
+
+@pytest.mark.parametrize("language", ["Python", "JavaScript"])
+async def test_the_request_as_code_tells_an_error_amid_the_answer_and_keeps_every_character(
+    visit: Visit, service: Kept, tmp_path: Path, language: str
+):
+    model, command = service.house.language, COMMANDS[language]
+    (tmp_path / "photo.png").write_bytes(png())
+    await visit.choose(png())
+    await visit.ask("what is there?")
+    await visit.answers()
+    await visit.page.click(".code summary")
+    code = await code_of(visit, language)
+    model.say("a\u2028red\x85square")
+    assert await done(command, code, tmp_path) == (0, "a\u2028red\x85square")
+    model.say("a red square")
+    model.wait_at, model.fault = 2, Unavailable("the model llm does not answer: retry in a few seconds")
+    status, said = await done(command, code, tmp_path)
+    assert status != 0
+    assert "the model llm does not answer" in said
+
+
+async def done(command: list[str], code: str, folder: Path, **environment: str) -> tuple[int, str]:
+    """Run code -> its exit status and all that it said."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        code,
+        cwd=folder,
+        env=os.environ | {"no_proxy": "127.0.0.1", "PYTHONIOENCODING": "utf-8"} | environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return process.returncode, said.decode()
+
+
 # Screens, keyboard and privacy.
 async def test_a_telephone_scrolls_in_one_direction_only(service: Kept, open_page: Open):
     visit = await open_page(service.url, **PHONE)
@@ -282,6 +396,16 @@ async def test_a_service_with_keys_asks_for_one_and_keeps_it_in_the_pages_memory
         await visit.choose(png())
         await visit.ask("what is there?")
         assert await visit.answers() == ["a red square"]
+        links = await page.locator("nav a:visible").all_inner_texts()
+        assert links == ["API", "Health", "OpenAPI"]  # the others need the key, which a link does not send
+        (tmp_path / "photo.png").write_bytes(png())
+        await page.click(".code summary")
+        for language, command in COMMANDS.items():
+            code = await code_of(visit, language)
+            assert key not in code
+            status, said = await done(command, code, tmp_path, GLIMPSE_API_KEY=key)
+            assert status == 0, said
+            assert "[DONE]" in said if language == "curl" else said == "a red square"
         kept_by_browser = "() => JSON.stringify([localStorage, sessionStorage, document.cookie])"
         assert await page.evaluate(kept_by_browser) == '[{},{},""]'
         await page.reload()

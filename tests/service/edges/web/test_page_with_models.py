@@ -6,26 +6,18 @@ import asyncio
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
-import playwright
 import pytest
 
-from tests.service.edges.web.conftest import Open, Visit
+from tests.service.edges.web.conftest import COMMANDS, Open, Visit
 from tests.support.paths import SCENES
 from tests.support.servers import Gateway
 
 pytestmark = [pytest.mark.needs("chromium"), pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
-NODE = Path(playwright.__file__).parent / "driver" / "node"
-COMMANDS = {
-    "curl": ["sh", "-c"],
-    "Python": [sys.executable, "-c"],
-    "JavaScript": [str(NODE), "--input-type=module", "--eval"],
-}
 DESCRIPTION = (
     "a large blue ring, a large pink square with 8, a large cyan triangle with 5 and a medium blue square with x"
 )

@@ -25,7 +25,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 # What metrics and the log say instead of an error's code, if the service did not fail a question.
 BATCH_WAIT = "batch_wait"  # of a refusal after which a question of a batch is asked again
 SHORT_DEADLINE = "short_deadline"  # of a deadline, if the caller gave less time than the service does

@@ -33,7 +33,6 @@ from service.core.variant import ANY, Route
 from service.core.viewport import AskedFit
 from service.edges.image_text import source_of
 
-
 SHORT_SHARE = 0.9  # of the default timeout
 
 

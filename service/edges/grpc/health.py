@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 from grpc_health.v1.health import SERVICE_NAME  # type: ignore[import-untyped]
 
 from service.edges.grpc.edge import GrpcEdge
-from service.edges.grpc.keyless import KeylessCalls
+from service.edges.grpc.keyless import KeylessCall, KeylessCalls
 
 LOOK_INTERVAL_S = 0.2  # at the readiness, while somebody watches
 MOST_WATCHES, MOST_CHECKS = 128, 128  # open ones, far fewer than calls in all
@@ -53,18 +53,17 @@ class Health:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     async def check(self, _: object, context: grpc.aio.ServicerContext) -> health_pb2.HealthCheckResponse:
-        async with self._checks.one(context):
-            status = self._status(await asked(context))
-            self._edge.count("Check", "NOT_FOUND" if status == SERVICE_UNKNOWN else "OK")
+        async with self._checks.one(context) as call:
+            status = self._status(await asked(call))
             if status == SERVICE_UNKNOWN:
                 told = "there is no such service: reflection lists the services"
-                await context.abort(grpc.StatusCode.NOT_FOUND, told)
+                await call.abort(grpc.StatusCode.NOT_FOUND, told)
             return health_pb2.HealthCheckResponse(status=status)
 
     async def watch(self, _: object, context: grpc.aio.ServicerContext) -> None:
         """Tell the status, and again each time it changes."""
-        async with self._watches.one(context):
-            service, told = await asked(context), None
+        async with self._watches.one(context) as call:
+            service, told = await asked(call), None
             while not self._stopped.is_set():
                 if (status := self._status(service)) != told:
                     await context.write(health_pb2.HealthCheckResponse(status=status))
@@ -81,9 +80,9 @@ class Health:
         return int(NOT_SERVING if self._edge.faults() else SERVING)
 
 
-async def asked(context: grpc.aio.ServicerContext) -> str:
+async def asked(call: KeylessCall) -> str:
     """Read the call's message -> the service that it names."""
-    message = await context.read()
+    message = await call.context.read()
     if message is grpc.aio.EOF:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message: send one")
+        await call.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message: send one")
     return str(message.service)

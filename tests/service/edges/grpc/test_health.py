@@ -194,6 +194,33 @@ async def test_checks_whose_answers_are_not_read_leave_room_for_answers(service)
     await eventually_async(answered, 10, "the places came back with the connections")
 
 
+async def test_each_call_counts_by_its_status(service):
+    set_all(service.house, "")
+    health = health_pb2_grpc.HealthStub(service.channel)
+    gone = health.Watch(health_pb2.HealthCheckRequest())
+    assert (await gone.read()).status == SERVING
+    gone.cancel()
+    await until(lambda: service.counted() == {("Watch", "CANCELLED"): 1})
+    listed = reflection_pb2_grpc.ServerReflectionStub(service.channel).ServerReflectionInfo(
+        iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+    )
+    assert len([answer async for answer in listed]) == 1
+    unknown = health_pb2.HealthCheckRequest(service="glimpse.v0.Guessing")
+    assert (await failure(health.Check(unknown))).code == "NOT_FOUND"
+    watch = health.Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == SERVING
+    service.stopped.set()
+    assert (await watch.read()).status == NOT_SERVING
+    assert await watch.read() is grpc.aio.EOF
+    await service.run
+    assert service.counted() == {
+        ("Watch", "CANCELLED"): 1,
+        ("Watch", "OK"): 1,
+        ("ServerReflectionInfo", "OK"): 1,
+        ("Check", "NOT_FOUND"): 1,
+    }
+
+
 async def test_a_watch_and_a_check_without_a_message_end_by_themselves():
     house = House()
     set_all(house, "")
@@ -217,5 +244,9 @@ async def test_a_watch_and_a_check_without_a_message_end_by_themselves():
         empty = channel.stream_stream("/grpc.health.v1.Health/Check")()
         await empty.done_writing()
         assert (await failure(empty.read())).code == "INVALID_ARGUMENT"
-    await server.stop(None)
+    await server.stop(None)  # every call has been counted
+    assert [
+        house.counted("glimpse_grpc_requests_total", method=method, status=status)
+        for method, status in (("Watch", "UNAVAILABLE"), ("Check", "UNAVAILABLE"), ("Check", "INVALID_ARGUMENT"))
+    ] == [2, 1, 1]
     house.reader.close()

@@ -11,7 +11,7 @@ scene = Path("benchmarks/scenes/new_003.webp").read_bytes()
 
 
 def lines(response):
-    """Split at line feeds only. httpx's iter_lines also splits at characters that an answer may have, such as U+2028."""
+    """Split at line feeds only. httpx's iter_lines splits at U+2028 and others, too, which an answer may have."""
     text = ""
     for piece in response.raise_for_status().iter_text():
         *whole, text = (text + piece).split("\n")

@@ -114,6 +114,11 @@ class Event(NamedTuple):
     code: str = "INTERNAL"  # of the error, by gRPC's name
 
 
+def ended(sequence: Sequence, error: str | None = None, code: str = "INTERNAL", untold: int = 0) -> Event:
+    """End a sequence without a token. `untold` of its tokens are in no event."""
+    return Event(sequence, None, 0.0, True, error, sequence.generated - untold, code=code)
+
+
 class QueueFull(Exception):
     """The batcher's queue is full."""
 
@@ -234,7 +239,7 @@ class Batcher:
         group = [] if self._prefilled and self._running else self._admit()
         gone = [each for each in group if each.submitted_at < self.iterations - 1 and self._is_abandoned(each)]
         if gone:
-            events += [Event(each, None, 0.0, True) for each in gone]
+            events += [ended(each) for each in gone]
             group = [each for each in group if each not in gone]
         self._prefilled = bool(group)
         if group and group[0].unread > self._limits.max_prefill_tokens:
@@ -262,7 +267,7 @@ class Batcher:
         self._to_ask.clear()
         self._sampler.rows = 0
         self._masks.clear()
-        return [Event(each, None, 0.0, True, f"the batch failed: {error}") for each in failed]
+        return [ended(each, f"the batch failed: {error}") for each in failed]
 
     def _reap(self) -> list[Event]:
         """Remove cancelled sequences from the rows and the queue."""
@@ -278,7 +283,7 @@ class Batcher:
             if self._running[row].cancelled:
                 gone.append(self._running[row])
                 self._drop(row)
-        return [Event(each, None, 0.0, True) for each in gone]
+        return [ended(each) for each in gone]
 
     def _admit(self) -> list[Sequence]:
         """Take the head of the queue and the sequences behind it that fit into the same prefill.
@@ -318,7 +323,7 @@ class Batcher:
         try:
             sequence.past = self._decoder.read(sequence.prompt, sequence.past, tokens)
         except Exception as error:
-            return [Event(sequence, None, 0.0, True, f"prefill failed: {error}")]
+            return [ended(sequence, f"prefill failed: {error}")]
         with self._work:
             self._joining = []
             self._waiting.appendleft(sequence)
@@ -331,7 +336,7 @@ class Batcher:
         except Exception as error:  # whatever it was, it ends these sequences and not the loop
             if len(group) > 1:
                 return [event for each in group for event in self._prefill([each])]
-            return [Event(group[0], None, 0.0, True, f"prefill failed: {error}")]
+            return [ended(group[0], f"prefill failed: {error}")]
         first = len(self._running)
         for row, sequence in enumerate(group, first):
             sequence.past = NO_PAST  # the sequence's row holds it now
@@ -354,7 +359,7 @@ class Batcher:
             for row in reversed(range(rows)):
                 self._decoder.scrub(row)
                 self._drop(row)
-            return [Event(each, None, 0.0, True, f"decode step failed: {error}") for each in failed]
+            return [ended(each, f"decode step failed: {error}") for each in failed]
         return self._draw(logits, 0)
 
     def _draw(self, logits: npt.NDArray[np.float32], first: int) -> list[Event]:
@@ -383,7 +388,7 @@ class Batcher:
             for index in reversed(np.flatnonzero(finished).tolist()):
                 if index in faults:
                     error, code = faults[index]
-                    events[index] = Event(events[index].sequence, None, 0.0, True, error, code=code)
+                    events[index] = ended(events[index].sequence, error, code, untold=1)
                     self._decoder.scrub(first + index)
                 self._drop(first + index)
         self._masks.compute()

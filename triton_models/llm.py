@@ -32,6 +32,7 @@ from triton_models.language_model import open_language_model
 from triton_models.parameters import Parameters
 from triton_models.prefix_cache import naming_rows
 from triton_models.spans import begin
+from triton_models.spans import end as end_span
 from triton_models.tensors import read, write
 
 if TYPE_CHECKING:
@@ -53,29 +54,30 @@ class Caller:
     interval_s: float = 0.0  # least time between two responses: a token that comes sooner waits for the next one
     untold: list[Event] = field(default_factory=list)  # not sent yet
     told_at: float = -math.inf  # monotonic time of the last response
-    span: Span | None = None  # of the whole sequence, if its request is traced
+    span: Span | None = None  # of the whole sequence, if its request is traced; None once it has ended
+    generated: int = 0  # tokens so far
 
     def say(self, event: Event) -> None:
         """Send or collect one event; the last response carries the flag that ends the stream."""
-        if self.span is not None:
-            self._record(event, self.span)
+        self.generated = event.generated
+        if self.span is not None and event.token is not None and event.generated == 1:
+            self.span.add_event("first_token")
         if event.error is not None:
-            self.fail(event.error, event.code)
+            self.fail(event.error, event.code, "decoder" if event.code == "INTERNAL" else "constraint")
         elif event.token is None:
             self.end()
         else:
+            if event.finished:
+                self._end_span()
             self.untold.append(event)
             if event.finished or (self.streaming and time.monotonic() - self.told_at >= self.interval_s):
                 self._respond()
 
-    def _record(self, event: Event, span: Span) -> None:
-        if event.generated == 1:
-            span.add_event("first_token")
-        if event.finished:
-            span.set_attribute("glimpse.completion_tokens", event.generated)
-            if event.error is not None:
-                span.set_attribute("error.type", "decoder" if event.code == "INTERNAL" else "constraint")
-            span.end()
+    def _end_span(self, fault: str = "") -> None:
+        span, self.span = self.span, None
+        if span is not None:
+            span.set_attribute("glimpse.completion_tokens", self.generated)
+            end_span(span, fault)
 
     def _respond(self) -> None:
         last = self.untold[-1]
@@ -97,11 +99,12 @@ class Caller:
         told = [() if event.likeliest is None else event.likeliest[column] for event in self.untold]
         return np.array([[told]], dtype)
 
-    def fail(self, message: str, code: str) -> None:
-        """End the stream with an error; `code` is one of TRITON_CODES.
+    def fail(self, message: str, code: str, fault: str) -> None:
+        """End the stream with an error; `code` is one of TRITON_CODES, `fault` a word for the span.
 
         A stream transports only an error's text, so the text begins with the code.
         """
+        self._end_span(fault)
         error = pb_utils.TritonError(f"{code}: {message}", getattr(pb_utils.TritonError, TRITON_CODES[code]))
         try:
             self._tell_the_rest()
@@ -112,12 +115,14 @@ class Caller:
 
     def refuse(self, error: Exception) -> None:
         """End the stream of a request that the batcher does not take."""
+        fault = type(error).__name__
         if isinstance(error, InvalidRequest):
-            self.fail(error.message, "INVALID_ARGUMENT")
+            self.fail(error.message, "INVALID_ARGUMENT", fault)
         else:
-            self.fail(str(error), "UNAVAILABLE" if isinstance(error, QueueFull | Closed) else "INTERNAL")
+            self.fail(str(error), "UNAVAILABLE" if isinstance(error, QueueFull | Closed) else "INTERNAL", fault)
 
     def end(self) -> None:
+        self._end_span()
         try:
             self._tell_the_rest()
         finally:
@@ -196,7 +201,7 @@ class TritonPythonModel:
         self._costs.close()
         for sequence in self._batcher.drain():
             with contextlib.suppress(Exception):  # the caller may be gone
-                sequence.owner.fail("the model is being unloaded", "UNAVAILABLE")
+                sequence.owner.fail("the model is being unloaded", "UNAVAILABLE", Closed.__name__)
 
     def _take(self, request: Any, caller: Caller) -> None:
         inputs = {tensor.name(): read(tensor) for tensor in request.inputs()}
@@ -207,11 +212,11 @@ class TritonPythonModel:
             self._batcher.stop(request.request_id())
             caller.end()
         else:
+            caller.span = begin("llm", request)
             sequence = self._reader.read(request.request_id(), inputs)
             sequence.sampling = replace(sequence.sampling, log_probs=not LOG_PROBS.isdisjoint(caller.outputs))
             sequence.owner, caller.streaming = caller, sequence.sampling.streaming
             caller.payer = payer_of(request)
-            caller.span = begin("llm", request)
             if caller.span is not None:
                 caller.span.set_attribute("glimpse.prompt_tokens", sequence.prompt.input_ids.size)
             if sequence.sampling.guide is None:

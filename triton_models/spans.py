@@ -43,14 +43,27 @@ def begin(model: str, request: Any) -> Span | None:
     return spans.start(model, parent) if parent else None
 
 
+def end(span: Span, fault: str = "") -> None:
+    """End a span, as failed if there is a fault: a word for it, without a message."""
+    if fault:
+        from service.telemetry.spans import set_failed  # noqa: PLC0415 - loaded already: there is a span
+
+        set_failed(span, fault)
+    span.end()
+
+
 @contextmanager
 def spans(model: str, requests: Sequence[Any]) -> Iterator[None]:
     """Record the block as a span of each traced request. The spans of one batch have the same time and its size."""
     begun = [span for request in requests if (span := begin(model, request)) is not None]
     for span in begun:
         span.set_attribute("glimpse.batch", len(requests))
+    fault = ""
     try:
         yield
+    except Exception as error:
+        fault = type(error).__name__
+        raise
     finally:
         for span in begun:
-            span.end()
+            end(span, fault)

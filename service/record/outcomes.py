@@ -27,6 +27,7 @@ from service.core.vision import TENSIONS, Sight
 from service.record.ticket import Ticket
 from service.telemetry.costs import Ended
 from service.telemetry.metrics import Metrics
+from service.telemetry.tracing import Generated
 
 if TYPE_CHECKING:
     from service.telemetry.spans import Trace, Traces
@@ -170,9 +171,16 @@ def _end_trace(ticket: Ticket, trace: Trace) -> None:
             "encoded_images": ticket.encoded,
             "prompt_tokens": ticket.prompt_tokens,
             "completion_tokens": ticket.completion_tokens,
+            "variant": ticket.variant,
+            **({"fallback_from": ticket.fallback_from} if ticket.fallback_from else {}),
         },
-        (ticket.prompt_tokens, ticket.completion_tokens),
-        ticket.finish_reason,
+        Generated(
+            asked_model=ticket.asked_model,
+            model=ticket.model,
+            input_tokens=ticket.prompt_tokens + ticket.visual_tokens,
+            output_tokens=ticket.completion_tokens,
+            finish_reason=ticket.finish_reason if ticket.outcome == "ok" else "",
+        ),
     )
 
 

@@ -98,10 +98,15 @@ class Ticket:
     trace: Trace | None = None  # None: not recorded
     variant: str = DEFAULT  # that answers, or answered last
     fallback_from: str = ""  # the variant that should have answered
+    asked_model: str = ""  # the name of that variant's model; empty until an attempt begins
+    model: str = ""  # that of the variant that answers
 
     def begin(self, request: Request, served: Served) -> None:
         """Begin an attempt of a variant. What an earlier one has generated was not sent, and is forgotten."""
+        if self.trace is not None:
+            self.trace.end_lasting(self.completion_tokens)
         self.request, self.variant, self.fallback_from = request, served.variant, served.fallback_from
+        self.model = served.model
         self.first_token = self.last_token = None
         self.prompt_tokens = self.visual_tokens = self.completion_tokens = 0
         self.log_prob, self.finish_reason = 0.0, "length"

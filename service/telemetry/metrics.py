@@ -65,9 +65,9 @@ class Metrics:
         self.in_flight = self._gauge("requests_in_flight", "Questions that are admitted and have not ended.")
         self.refusals = self._counter(
             "refusals",
-            "Refusals for lack of capacity, by reason: saturated, tenant_share, deadline, shutting_down; short_deadline: "
-            "the caller made it shorter than the service's default; batch_wait: a question of a batch is asked again. A "
-            "refused request gets no answer; if only its closer view was refused, it is answered without that view.",
+            "Refusals for lack of capacity, by reason: saturated, tenant_share, deadline, short_deadline (one that the "
+            "caller made shorter than the default), shutting_down, batch_wait (a question of a batch is asked again). "
+            "A refused request gets no answer; if only its closer view was refused, it is answered without that view.",
             "reason",
         )
         self.image_fetches = self._counter(

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.telemetry.tracing import TRACEPARENT, Value, current
+from service.telemetry.tracing import TRACEPARENT, Generated, Value, current
 
 # Stages that a request enters once a response of the LLM: each is one span from the first entry to the last exit.
 LASTING = ("decode", "generate")
@@ -115,28 +115,39 @@ class Trace:
         """Add attributes to the current span, or to the request's outside every stage."""
         (current.get() or self._root).set_attributes({f"glimpse.{name}": value for name, value in attributes.items()})
 
-    def end(self, outcome: str, attributes: Mapping[str, Value], usage: tuple[int, int], finish_reason: str) -> None:
-        """End the request's span. `usage` is the number of prompt tokens and of generated tokens."""
+    def end_lasting(self, completion_tokens: int) -> None:
+        """End the spans of the LLM's stages: of an attempt that another follows, or of the last one."""
         for span, left_ns in self._lasting.values():
-            span.set_attribute("glimpse.completion_tokens", usage[1])
+            span.set_attribute("glimpse.completion_tokens", completion_tokens)
             span.end(left_ns)
+        self._lasting.clear()
+
+    def end(self, outcome: str, attributes: Mapping[str, Value], generated: Generated) -> None:
+        """End the request's span."""
+        self.end_lasting(generated.output_tokens)
         self._root.set_attribute("glimpse.outcome", outcome)
         self._root.set_attributes({f"glimpse.{name}": value for name, value in attributes.items()})
         if self._gen_ai_model is not None:
-            self._root.set_attributes(
-                {
-                    "gen_ai.operation.name": "chat",
-                    "gen_ai.provider.name": "glimpse",
-                    "gen_ai.request.model": self._gen_ai_model,
-                    "gen_ai.response.model": self._gen_ai_model,
-                    "gen_ai.usage.input_tokens": usage[0],
-                    "gen_ai.usage.output_tokens": usage[1],
-                    "gen_ai.response.finish_reasons": [finish_reason],
-                }
-            )
+            self._root.set_attributes(gen_ai(generated, self._gen_ai_model))
         if outcome not in ("ok", "cancelled"):
             set_failed(self._root, outcome)
         self._root.end()
+
+
+def gen_ai(generated: Generated, default: str) -> dict[str, Value | list[str]]:
+    """Return OpenTelemetry's attributes of a generation. `default` is the model that a request gets if none began."""
+    attributes: dict[str, Value | list[str]] = {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "glimpse",
+        "gen_ai.request.model": generated.asked_model or default,
+        "gen_ai.usage.input_tokens": generated.input_tokens,
+        "gen_ai.usage.output_tokens": generated.output_tokens,
+    }
+    if generated.model:
+        attributes["gen_ai.response.model"] = generated.model
+    if generated.finish_reason:
+        attributes["gen_ai.response.finish_reasons"] = [generated.finish_reason]
+    return attributes
 
 
 def set_failed(span: Span, error: Exception | str) -> None:

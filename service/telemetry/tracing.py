@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -12,6 +12,16 @@ TRACEPARENT = "traceparent"  # W3C Trace Context: the HTTP header, and the param
 Value = str | int | float | bool
 
 current: ContextVar[Span | None] = ContextVar("current span", default=None)
+
+
+class Generated(NamedTuple):
+    """Say what OpenTelemetry's `gen_ai` attributes need of one request."""
+
+    asked_model: str  # of the variant that should answer; empty if no attempt began
+    model: str  # of the variant that answered last; likewise
+    input_tokens: int  # text and visual tokens of the prompt
+    output_tokens: int
+    finish_reason: str  # empty without a complete answer
 
 
 def traceparent() -> str:

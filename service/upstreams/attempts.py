@@ -62,6 +62,7 @@ class Attempt:
         attempts, ticket = self._attempts, self._attempts.ticket
         attempts.reservation.served = served = attempts.models.served(self.model, attempts.own)
         ticket.begin(self._choice.request, served)
+        ticket.asked_model = attempts.own.card.name
         begin_attempt()
         if self._left:  # else the request's end gives back what it holds
             self._held.enter_context(attempts.reservation.work())

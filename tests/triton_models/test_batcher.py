@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from service.core.prompt import Prompt
 from service.core.request import Sampling
-from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
+from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence, ended
 
 VOCABULARY = 50
 NO_END = -1
@@ -344,7 +344,8 @@ def test_a_cancelled_sequence_leaves_at_the_next_iteration():
     events = batcher.iterate()
     gone.cancelled = True
     after = batcher.iterate()
-    assert [event for event in after if event.sequence is gone] == [Event(gone, None, 0.0, True)]
+    assert [event for event in after if event.sequence is gone] == [ended(gone)]
+    assert ended(gone).generated == 1  # it had one token
     assert tokens_of(events + after + run(batcher), stays) == alone(2)
 
 
@@ -557,7 +558,7 @@ def test_a_failure_of_the_decoder_is_told_with_where_it_was(where):
         batcher.iterate()
     decoder.fails = set(range(VOCABULARY))
     said = "decode step" if where == "step" else "prefill"
-    assert batcher.iterate() == [Event(one, None, 0.0, True, f"{said} failed: out of memory")]
+    assert batcher.iterate() == [ended(one, f"{said} failed: out of memory")]
     assert (batcher.running, batcher.waiting, decoder.rows) == (0, 0, 0)
 
 
@@ -713,7 +714,7 @@ def test_a_stop_during_the_prefill_itself_is_not_lost(call):
     assert stopped == [1]
     assert batcher.stop("a") == 1  # in one place only
     events += batcher.iterate()
-    assert events[-1] == Event(one, None, 0.0, True)
+    assert events[-1] == ended(one)
     assert len(tokens_of(events, one)) == (call == "prefill")
     assert (batcher.running, batcher.waiting, batcher.stop("a")) == (0, 0, 0)
 

@@ -3,19 +3,25 @@
 Requests go in, responses come out: one a token, but where a test sets `stream_interval_ms`.
 """
 
+import json
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import Span, StatusCode
 from triton_python_backend_utils import InferenceRequest, MetricFamily, start_arguments
 
 from service.core.card import ModelCard
 from service.core.request import Sampling
 from service.text.prompt import load_tokenizer, token_bytes
-from triton_models.batcher import Event, Sequence
+from triton_models.batcher import Event, Sequence, ended
 from triton_models.llm import Caller, TritonPythonModel
+from triton_models.spans import spans
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 OUTPUTS = ["output_ids", "sequence_length", "cum_log_probs", "output_log_probs", "top_ids", "top_log_probs"]
@@ -424,3 +430,97 @@ def test_a_guided_request_behind_the_end_is_told(model):
     late = guided("regex", "a")
     model.execute([late])
     assert "unloaded" in error(late).message()
+
+
+class Spans:
+    """Stands where the model starts its spans; they are kept in memory."""
+
+    def __init__(self) -> None:
+        self._kept = InMemorySpanExporter()
+        self._provider = TracerProvider()
+        self._provider.add_span_processor(SimpleSpanProcessor(self._kept))
+
+    def start(self, name: str, _: str) -> Span:
+        return self._provider.get_tracer("test").start_span(name)
+
+    def ended(self) -> list[tuple[int, str, bool]]:
+        """Of each span that has ended: its tokens, its fault, and whether it failed."""
+        return [
+            (
+                span.attributes["glimpse.completion_tokens"],
+                span.attributes.get("error.type", ""),
+                span.status.status_code is StatusCode.ERROR,
+            )
+            for span in self._kept.get_finished_spans()
+        ]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    recorded = Spans()
+    monkeypatch.setattr("triton_models.spans._spans", lambda _: recorded)
+    return recorded
+
+
+def traced(*given, **more):
+    asked = request(*given, **more)
+    asked.parameters = lambda: json.dumps({"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"})
+    return asked
+
+
+def test_a_span_ends_with_its_answer(model, recorded):
+    asked = traced(max_tokens=5)
+    model.execute([asked])
+    assert len(tokens(asked)) == 5
+    assert recorded.ended() == [(5, "", False)]
+
+
+def test_the_span_of_a_stopped_answer_tells_its_tokens(model, recorded):
+    asked = traced("a", max_tokens=280)
+    model.execute([asked])
+    asked.sender.next()
+    model.execute([traced("b", stop=np.array([[True]])), traced("a", stop=np.array([[True]]))])
+    said = 1 + sum(each is not None for each in responses(asked))
+    assert recorded.ended() == [(said, "", False)]
+
+
+def test_the_span_of_a_refused_request_ends_as_failed(recorded):
+    model = start(max_queue="1")
+    for asked in (traced(max_tokens=100_000), traced(temperature=np.array([[-1.0]], np.float32))):
+        model.execute([asked])
+        list(responses(asked))
+    assert recorded.ended()[0] == (0, "InvalidRequest", True)
+    model._batcher.close()
+    closed = traced()
+    model.execute([closed])
+    list(responses(closed))
+    assert recorded.ended()[-1] == (0, "Closed", True)
+    model.finalize()
+
+
+def test_the_span_of_an_answer_that_the_unloaded_model_leaves_ends_as_failed(recorded):
+    model = start()
+    asked = traced(max_tokens=280)
+    model.execute([asked])
+    asked.sender.next()
+    model.finalize()
+    ((said, fault, failed),) = recorded.ended()
+    assert said >= 1
+    assert (fault, failed) == ("Closed", True)
+
+
+def test_a_failed_answer_has_a_failed_span(recorded):
+    caller = Caller(InferenceRequest({}, [], "").sender, ("output_ids",), span=recorded.start("llm", ""))
+    sequence = Sequence("", prompt=None, sampling=Sampling(), end_id=-1)
+    sequence.generated = 2
+    caller.say(Event(sequence, 3, 0.0, False, generated=1))
+    caller.say(ended(sequence, "decode step failed: out of memory"))
+    assert recorded.ended() == [(2, "decoder", True)]
+
+
+def test_a_model_whose_batch_fails_has_failed_spans(recorded):
+    with pytest.raises(ValueError, match="broken"), spans("see", [traced(), request()]):
+        raise ValueError("broken")
+    (span,) = recorded._kept.get_finished_spans()
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.attributes["error.type"] == "ValueError"

@@ -95,7 +95,9 @@ def test_spans_have_tokens_hits_and_the_outcome(traced: Traced) -> None:
     assert answer["glimpse.vision_tokens"] == spans["attend"].attributes["glimpse.vision_tokens"] >= 64
     assert answer["glimpse.visual_tokens"] == 32
     assert answer["glimpse.completion_tokens"] >= 1
-    assert answer["gen_ai.usage.input_tokens"] == answer["glimpse.prompt_tokens"] > 0
+    assert answer["gen_ai.usage.input_tokens"] == answer["glimpse.prompt_tokens"] + answer["glimpse.visual_tokens"] > 32
+    assert answer["gen_ai.request.model"] == answer["gen_ai.response.model"]
+    assert answer["glimpse.variant"] == "default"
     assert spans["llm"].attributes["glimpse.completion_tokens"] >= 1
 
 

@@ -94,6 +94,7 @@ class Looked(BaseModel):
     sure: bool
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client's own message
 def test_an_answer_is_parsed_into_a_model_of_pydantic(client, chat):
     answer = client.chat.completions.parse(**chat | {"max_tokens": 100}, messages=[ASKED], response_format=Looked)
     assert answer.choices[0].finish_reason == "stop"

@@ -93,7 +93,6 @@ def test_a_value_of_another_type_is_not_neutral(name, value):
         ([{"role": "function", "content": "x", "name": "f"}], "messages.0.role"),
         ([ASKED, assistant("a") | {"tool_calls": [TOOL]}, ASKED], "messages.1.tool_calls"),
         ([ASKED, assistant("a") | {"function_call": {"name": "f"}}, ASKED], "messages.1.function_call"),
-        ([ASKED | {"parsed": {}}], "messages.0.parsed"),
         ([ASKED, assistant("a") | {"refusal": "no"}, ASKED], "messages.1.refusal"),
         ([ASKED, assistant("a") | {"audio": {"id": "a"}}, ASKED], "messages.1.audio"),
         ([ASKED, assistant([{"type": "refusal", "refusal": "no"}]), ASKED], "messages.1.content.0.type"),
@@ -121,6 +120,12 @@ def test_an_answer_that_the_client_parsed_can_be_sent_back():
     for dumped in (message.model_dump(), message.to_dict()):
         asked = request(ASKED, dumped, user(text("sure?")))
         assert asked.exchanges[0].answer == '{"a":1}'
+
+
+def test_only_an_assistants_message_is_a_parsed_one():
+    with pytest.raises(InvalidRequest) as caught:
+        request(ASKED | {"parsed": {}})
+    assert (caught.value.param, caught.value.code) == ("messages.0.parsed", "unsupported_parameter")
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

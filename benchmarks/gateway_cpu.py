@@ -5,9 +5,9 @@
 
 The load is a closed loop from this process. CPU time is read from /proc, so other load on the machine distorts it
 little. Answers of 1 to 24 tokens are fitted by `ms a request + ms a token x tokens`, in three ways: follow-ups by image
-id, streamed and whole; and new images, sent as a form and streamed. The time of a new image includes decoding it. The
-report also has the decoding alone, the CPU time of Triton's own process, and the CPU time of an idle gateway, which
-watches Triton and its models. The requests of a slow model include a share of that idle time.
+id, streamed and whole; and new images, sent as a form and streamed. The time is that of the gateway's own process. The
+report has apart the CPU time of its decoders and of Triton's own process, and that of an idle gateway, which watches
+Triton and its models. The requests of a slow model include a share of that idle time.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import numpy as np
 
 from benchmarks.bench.http_client import HttpClient
 from benchmarks.bench.load import form
-from benchmarks.bench.models import BUILD, MODELS
-from benchmarks.bench.processes import cpu_by_role
+from benchmarks.bench.models import BUILD, MODELS, ready
+from benchmarks.bench.processes import DECODER, cpu_by_role
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import SYSTEMS, Running, running
 from service.media.decoder import ImageLimits, decode
@@ -47,7 +47,8 @@ class Spent:
     """Means per request of one measurement."""
 
     tokens: float
-    ms: float  # CPU of the gateway
+    ms: float  # CPU of the gateway's own process
+    decoder_ms: float  # CPU of its decoders
     triton_ms: float  # CPU of Triton's own process, without its models' processes
 
 
@@ -81,7 +82,8 @@ class Load:
 
         await asyncio.gather(*(client() for _ in range(self._clients)))
         cpu_s = cpu_by_role(before, self._system.processes())
-        return Spent(sum(said) / requests, *(cpu_s[role] * 1e3 / requests for role in ("gateway", "triton")))
+        ms = (cpu_s.get(role, 0.0) * 1e3 / requests for role in ("gateway", DECODER, "triton"))
+        return Spent(sum(said) / requests, *ms)
 
     def _question(self, way: str, tokens: int, number: int) -> tuple[bytes, str]:
         """Return the request's body and content type."""
@@ -105,11 +107,12 @@ class Load:
 
 def fit(found: list[Spent]) -> dict[str, Any]:
     """Fit the measurements over the answers' lengths by least squares."""
-    tokens, ms, triton_ms = (np.array(column) for column in zip(*(astuple(each) for each in found), strict=True))
+    tokens, ms, decoder_ms, triton_ms = (np.array(each) for each in zip(*map(astuple, found), strict=True))
     a_token, a_request = np.polyfit(tokens, ms, 1)
     return {
         "ms_a_request": round(float(a_request), 2),
         "ms_a_token": round(float(a_token), 3),
+        "decoder_ms_a_request": round(float(decoder_ms.mean()), 2),
         "triton_ms_a_request": round(float(np.polyfit(tokens, triton_ms, 1)[1]), 2),
         "measured": [[round(each.tokens, 1), round(each.ms, 2), round(each.triton_ms, 2)] for each in found],
     }
@@ -155,14 +158,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     told = parser.parse_args()
     system = replace(SYSTEMS["glimpse"], settings=CONFIGURED)
-    with running(system, MODELS[told.model], BUILD / "logs" / "gateway_cpu") as started:
+    with running(system, ready(told.model), BUILD / "logs" / "gateway_cpu") as started:
         found = asyncio.run(measure(started, told.clients, told.requests, told.rounds))
         idle = idle_ms(started)
     report = {
         "model": told.model,
         "clients": told.clients,
         **found,
-        "of a cold one decoding, ms": round(decoding_ms(), 2),
+        "decoding alone, in this process, ms": round(decoding_ms(), 2),
         "idle, ms a second": round(idle, 1),
     }
     text = json.dumps(report, indent=2)

@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.bench.models import REFERENCE
+from benchmarks.bench.processes import proportional_bytes
 from benchmarks.bench.systems import Running, gateway
 from benchmarks.figures import tell
 from build_engines.evaluation.accuracy import SCENES, rows
@@ -49,8 +50,8 @@ class Server:
         return self.running.urls[0]
 
     def memory_mb(self) -> float:
-        """Resident memory of all its processes; shared pages count in each process."""
-        return sum(process.rss_bytes for process in self.running.processes()) / 1e6
+        """Memory of all its processes (PSS): each shared page counts once."""
+        return sum(map(proportional_bytes, self.running.processes())) / 1e6
 
 
 @contextmanager

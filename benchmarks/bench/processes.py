@@ -1,18 +1,23 @@
 """Read a system's CPU seconds and memory by process from Linux's /proc.
 
-A process is named by its role: `gateway`, `triton`, `llm`, `vision_encoder`, ... in Glimpse, `server` and `worker` in
-other systems.
+A process is named by its role: `gateway`, `decoder`, `triton`, `llm`, `vision_encoder`, ... in Glimpse, `server` and
+`worker` in other systems.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
+DECODER = "decoder"  # a gateway has several; they come and go
+GATEWAYS = {"service", "benchmarks.bench.orders"}  # what `python -m` runs
+SERVERS = {"benchmarks.bench.naive", "benchmarks.bench.litserve_server"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,19 @@ def memory_by_role(processes: list[Process]) -> dict[str, float]:
     return dict(held)
 
 
+def proportional_bytes(process: Process) -> int:
+    """Return the process's memory with its share of shared pages (PSS), or its resident memory if the kernel hides it.
+
+    The kernel visits every page of the process for it, so it is not for sampling.
+    """
+    try:
+        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+    except OSError:
+        return process.rss_bytes
+    found = re.search(r"^Pss: +(\d+) kB$", rollup, re.MULTILINE)
+    return int(found[1]) * 1024 if found else process.rss_bytes
+
+
 def _fields(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat from the state on.
 
@@ -88,13 +106,20 @@ def _role(pid: int) -> str:
         arguments = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
     except OSError:
         return "other"
+    return role_of(arguments)
+
+
+def role_of(arguments: Sequence[str]) -> str:
+    """Return the role of the process with this command line."""
     program = Path(arguments[0]).name
     if program == "tritonserver":
         return "triton"
     if program == "triton_python_backend_stub":  # its arguments: MODEL/1/model.py, ...
         return Path(arguments[1]).parent.parent.name
-    if "service" in arguments:
+    if "service.media.worker" in arguments:
+        return DECODER
+    if GATEWAYS.intersection(arguments):
         return "gateway"
-    if any(name in arguments for name in ("benchmarks.bench.naive", "benchmarks.bench.litserve_server")):
+    if SERVERS.intersection(arguments):
         return "server"
     return "worker"

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.bench.models import PROJECT, REFERENCE
-from benchmarks.bench.processes import Process, family
+from benchmarks.bench.processes import DECODER, Process, family
 from benchmarks.faults import isolation
 from benchmarks.faults.proxy import Proxy
 from benchmarks.ports import free_ports, is_free
@@ -285,4 +285,4 @@ class World:
         return next((process.pid for process in self.of_triton(name) if process.role == "triton"), None)
 
     def decoders(self, name: str) -> list[int]:
-        return [process.pid for process in family(self.gateways[name].part.pid) if process.role == "worker"]
+        return [process.pid for process in family(self.gateways[name].part.pid) if process.role == DECODER]

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench.http_client import HttpClient
-from benchmarks.bench.processes import Process, family
+from benchmarks.bench.processes import DECODER, Process, family
 from benchmarks.fuzz.sending import Mutant, Outcome, send_patiently
 
-DECODER = "worker"  # the role of a decoding process, which may be ended
 SETTLED = 1000  # requests after which memory is compared
 SAMPLE_EVERY = 250  # requests
 MAX_GROWTH = 0.02

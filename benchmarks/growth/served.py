@@ -27,7 +27,7 @@ from PIL import Image
 
 from benchmarks.bench.http_client import HttpClient
 from benchmarks.bench.load import form
-from benchmarks.bench.processes import TICKS, Process, cpu_by_role
+from benchmarks.bench.processes import DECODER, TICKS, Process, cpu_by_role
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import Running
 from benchmarks.growth.curves import Curve, Figures, Found, percentile, schedule, steps
@@ -57,7 +57,7 @@ VOCABULARY = (
     "cyan left right above below than with there does have has bigger smaller read say see the is are of and or on in"
 )
 WORDS = VOCABULARY.split()
-GATEWAY = ("gateway", "worker", "other")  # roles of its processes; all others are Triton's
+GATEWAY = ("gateway", DECODER, "worker", "other")  # roles of its processes; all others are Triton's
 JPEG_QUALITY = 90
 FORMATS = ("PNG of noise", "BMP", "JPEG")
 

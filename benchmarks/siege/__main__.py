@@ -34,6 +34,7 @@ from urllib.parse import urlsplit
 from benchmarks.bench.load import Arrivals, Plan
 from benchmarks.bench.measuring import Measurement, measure
 from benchmarks.bench.models import PROJECT, REFERENCE
+from benchmarks.bench.processes import DECODER
 from benchmarks.bench.systems import Running, gateway
 from benchmarks.bench.workloads import Workload
 from benchmarks.figures import tell
@@ -56,7 +57,7 @@ def honest(seconds: float, first_new: int) -> Plan:
 
 
 def summary(found: Measurement) -> dict[str, Any]:
-    """Latencies in ms of answers; outcomes of all; memory and CPU of the gateway."""
+    """Latencies in ms of answers; outcomes of all; memory of the gateway and, apart, of its decoders; CPU by role."""
     seconds = [each["end"] - each["sent"] for each in found.results if each["outcome"] == "ok"]
     cut = statistics.quantiles(seconds, n=100, method="inclusive")
     return {
@@ -67,6 +68,7 @@ def summary(found: Measurement) -> dict[str, Any]:
         "p95_ms": round(cut[94] * 1e3, 1),
         "p99_ms": round(cut[98] * 1e3, 1),
         "gateway_most_mb": round(max(sample.memory_mb.get("gateway", 0.0) for sample in found.samples), 1),
+        "decoders_most_mb": round(max(sample.memory_mb.get(DECODER, 0.0) for sample in found.samples), 1),
         "gateway_most_files": max(sample.descriptors.get("gateway", 0) for sample in found.samples),
         "cpu_s": {role: round(spent, 1) for role, spent in found.cpu_s.items()},
     }

@@ -56,7 +56,7 @@ def test_a_request_may_miss_the_timeout_that_it_names():
 
 
 def test_only_decoders_may_end_and_only_at_their_limit_of_cpu_time():
-    before = [Process(1, "gateway", 0, 0, 1, 1), Process(2, "triton", 0, 0, 1, 1), Process(3, "worker", 0, 0, 1, 1)]
+    before = [Process(1, "gateway", 0, 0, 1, 1), Process(2, "triton", 0, 0, 1, 1), Process(3, "decoder", 0, 0, 1, 1)]
     assert dead(before, before[:1]) == ["triton died"]
     allowed = "level=warning event=decoder_ended reason=signal pid=9 status=-27"
     assert faults_in(allowed) == []
@@ -65,7 +65,7 @@ def test_only_decoders_may_end_and_only_at_their_limit_of_cpu_time():
 
 
 def test_memory_may_not_grow_after_the_first_thousand():
-    steady = [(done, {"gateway": 100, "worker": done}) for done in range(250, 5001, 250)]
+    steady = [(done, {"gateway": 100, "decoder": done}) for done in range(250, 5001, 250)]
     assert grown(steady) == []
     growing = [(done, {"gateway": 10_000 + done // 10}) for done in range(250, 5001, 250)]
     assert grown(growing) == ["gateway takes 3.0% more memory"]

@@ -18,7 +18,7 @@ from benchmarks.bench.models import BUILD, Model, ready
 from benchmarks.bench.processes import family
 from benchmarks.bench.report import table
 from benchmarks.bench.side_by_side import Case, machine, plan, say
-from benchmarks.bench.summary import REFUSALS, Verdict, latencies, summary
+from benchmarks.bench.summary import REFUSALS, Verdict, by_kind, latencies, mixture, summary
 from benchmarks.bench.systems import Running, answers, gateway, made
 from benchmarks.bench.workloads import Workload
 
@@ -54,17 +54,19 @@ def deaths(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
         measured = measure(up, plan(case, served, 4), began=killer.begin)
     outages = killer.outages
     alone, left = good_per_s(rest.results, [], served.slo_s), good_per_s(measured.results, outages, served.slo_s)
-    for name, each in (("one gateway", rest), ("two gateways, deaths", measured)):
+    ends = {"one gateway": rest, "two gateways, deaths": measured}
+    for name, each in ends.items():
         note_run(name, each, served, runs)
     refused_ms = latencies(refusals_s(measured, outages))
     slowest = {
         f"{count} clients": latency_p99(figures["refusal_ms"]) for count, figures in zip(CROWDS, crowds, strict=True)
     }
     slowest["deaths"] = latency_p99(refused_ms)
+    kinds = {name: mixture([by_kind(each.results, served.slo_s)]) for name, each in ends.items()}
     down_s = sum(end - begin for begin, end in outages)
     promises = [
         Verdict("goodput while parts die / of one gateway alone", left / alone if alone else 0.0, 0.9, True,
-                f"{left:.1f} and {alone:.1f} answers/s; no Triton for {down_s:.1f} s"),
+                f"{left:.1f} and {alone:.1f} answers/s; no Triton for {down_s:.1f} s; {kinds}"),
         Verdict("slowest refusals (p99), ms", max(slowest.values()), 50, False, f"{slowest}"),
     ]  # fmt: skip
     return {

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench.summary import KINDS
+
 COLOURS = {"naive": "#9aa5b1", "litserve": "#c28f5c", "triton": "#7a8fc9", "glimpse": "#1b998b",
            "glimpse-no-cache": "#e0567a", "glimpse-no-scheduler": "#8e6bbf", "glimpse-no-fidelity": "#5b5b5b",
            "glimpse-no-reuse": "#d1b13c", "fifo": "#7a8fc9", "glimpse-door": "#14675a",
@@ -27,13 +29,16 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row per workload and system: medians over the rounds, and each round's requests/s."""
+    """Return one row per workload and system: medians over the rounds, sums of requests, and each round's requests/s."""
     rows = []
     for workload, system in dict.fromkeys((run["workload"], run["system"]) for run in runs):
         rounds = [run["figures"] for run in runs if (run["workload"], run["system"]) == (workload, system)]
         row = {"workload": workload, "system": system, "rounds": len(rounds)}
         for key in ("requests_per_s", "tokens_per_s", "goodput_per_s"):
             row[key] = statistics.median(figures[key] for figures in rounds)
+        for kind in KINDS:
+            for what in ("requests", "answered", "in_time"):
+                row[f"{kind}_{what}"] = sum(figures["by_kind"][kind][what] for figures in rounds)
         row["requests_per_s_rounds"] = [figures["requests_per_s"] for figures in rounds]
         for key in LATENCIES:
             for percentile in ("p50", "p95", "p99"):
@@ -48,13 +53,15 @@ def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def text(report: Mapping[str, Any]) -> str:
     """Format the report for the terminal."""
     lines = [
-        f"{'workload':30} {'system':22} {'req/s':>8} {'first p50':>10} {'e2e p50':>9} {'e2e p95':>9} {'CPU ms':>8}"
+        f"{'workload':30} {'system':22} {'req/s':>8} {'first p50':>10} {'e2e p50':>9} {'e2e p95':>9} {'CPU ms':>8} "
+        f"{'in time/s':>9} {'of new images':>14} {'of follow-ups':>14}"
     ]
     for row in report.get("table", []):
         lines.append(
             f"{row['workload']:30} {row['system']:22} {row['requests_per_s']:8.2f} "
             f"{row['first_token_ms_p50'] or 0:10.1f} "
-            f"{row['end_to_end_ms_p50'] or 0:9.1f} {row['end_to_end_ms_p95'] or 0:9.1f} {row['cpu_ms_a_request']:8.1f}"
+            f"{row['end_to_end_ms_p50'] or 0:9.1f} {row['end_to_end_ms_p95'] or 0:9.1f} {row['cpu_ms_a_request']:8.1f} "
+            f"{row['goodput_per_s']:9.2f} {in_time(row, 'new'):>14} {in_time(row, 'follow_up'):>14}"
         )
     for workload, roles in report.get("profile", {}).items():
         parts = (f"{role} {ms['spent_ms']:.1f} ({ms['bare_ms']:.1f})" for role, ms in roles.items())
@@ -65,6 +72,11 @@ def text(report: Mapping[str, Any]) -> str:
             f"{met} {verdict['promise']}: {verdict['found']} ({verdict['wanted']}, {verdict['by']}) {verdict['note']}"
         )
     return "\n".join(lines)
+
+
+def in_time(row: Mapping[str, Any], kind: str) -> str:
+    """Say how many requests of this kind were answered in time, and of how many."""
+    return f"{row[f'{kind}_in_time']}/{row[f'{kind}_requests']}"
 
 
 def draw(path: Path, report: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from benchmarks.bench.models import BUILD, ready
 from benchmarks.bench.processes import DECODER
 from benchmarks.bench.report import table
 from benchmarks.bench.side_by_side import Case, Comparison, compare, machine, plan, rounds_of, say
-from benchmarks.bench.summary import Verdict, pooled_ratio, ratio, summary
+from benchmarks.bench.summary import Verdict, mixture, pooled_ratio, ratio, summary
 from benchmarks.bench.systems import SYSTEMS, Running, running, two_gateways
 from benchmarks.bench.workloads import Workload
 from service.core.card import ModelCard
@@ -56,6 +56,10 @@ def rate(figures: Figures) -> float:
 
 def goodput(figures: Figures) -> float:
     return float(figures["goodput_per_s"])
+
+
+def each_kind(figures: Figures) -> dict[str, dict[str, int]]:
+    return figures["by_kind"]
 
 
 def right(figures: Figures) -> float:
@@ -86,6 +90,7 @@ class Promises:
         what: str = "requests/s",
         at_least: bool = True,
         system: str = "glimpse",
+        note: str = "",
     ) -> None:
         """Judge `system`'s figure as a multiple of `other`'s."""
         ours, theirs = (rounds_of(self._report, name, case, figure) for name in (system, other))
@@ -93,8 +98,8 @@ class Promises:
         if rounds:
             found = ratio(ours[:rounds], theirs[:rounds])
             promise = f"{what} of {system} / {other}, {case.label}"
-            note = f"rounds {found.low:g} to {found.high:g}"
-            self.verdicts.append(Verdict(promise, found.value, wanted, at_least, note))
+            told = "; ".join(filter(None, (f"rounds {found.low:g} to {found.high:g}", note)))
+            self.verdicts.append(Verdict(promise, found.value, wanted, at_least, told))
 
     def between(self, one: Case, other: Case, wanted: float, figure: Callable[[Figures], float], what: str,
                 at_least: bool) -> None:  # fmt: skip
@@ -323,7 +328,10 @@ def overload(model: str, seconds: float, rounds: int) -> dict[str, Any]:
     good = {case.label: statistics.median(rounds_of(found, "glimpse", case, goodput)) for case in
             (closed, bearable, strained)}  # fmt: skip
     kept = good[strained.label] / max(good.values())
-    promises.verdicts.append(Verdict("goodput at 3x overload / its best", kept, 0.9, True, f"{good}"))
+    kinds = {system: mixture(rounds_of(found, system, strained, each_kind)) for system in beside}
+    told = "; ".join(f"{system} {said}" for system, said in kinds.items())
+    note = f"{good}; {kinds['glimpse']}"
+    promises.verdicts.append(Verdict("goodput at 3x overload / its best", kept, 0.9, True, note))
     slowest = max(float(run["figures"]["refusal_ms"]["p99"]) for run in found["runs"] if run["figures"]["refusal_ms"])
     promises.verdicts.append(Verdict("slowest refusals (p99), ms", slowest, 50, False))
     grown = {
@@ -333,10 +341,10 @@ def overload(model: str, seconds: float, rounds: int) -> dict[str, Any]:
     }
     what = f"memory's growth from the first quarter to the last, {strained.label}"
     promises.verdicts.append(Verdict(what, grown["glimpse"], 0.05, False, f"{grown}"))
-    promises.against("glimpse-no-fidelity", strained, 1.3, goodput, "goodput")
-    promises.against("glimpse-no-limit", strained, 1.0, goodput, "goodput")
+    promises.against("glimpse-no-fidelity", strained, 1.3, goodput, "goodput", note=told)
+    promises.against("glimpse-no-limit", strained, 1.0, goodput, "goodput", note=told)
     if scored:
-        promises.against("glimpse-no-fidelity", strained, 2.0, right, "right answers in time")
+        promises.against("glimpse-no-fidelity", strained, 2.0, right, "right answers in time", note=told)
         promises.accuracy_kept(strained, bearable, 0.02)
     return promises.into(found)
 

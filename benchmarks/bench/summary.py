@@ -14,6 +14,7 @@ from benchmarks.bench.measuring import Measurement
 
 Result = dict[str, Any]
 LEAST_MS = 0.05  # a profile leaves out processes that take less per answer
+KINDS = {"new": "new images", "follow_up": "follow-ups"}
 REFUSALS = frozenset({"saturated", "tenant_share", "deadline", "shutting_down", "overloaded"})
 
 
@@ -21,7 +22,7 @@ def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
     """Compute the figures of one measurement.
 
     Latencies are milliseconds of answered requests. Goodput counts answers within `slo_s` of their scheduled sending
-    time. All latencies include how late the load generator itself was; `load_generator_lag_ms` tells that.
+    time, of both kinds together; `by_kind` tells them apart. All latencies include how late the load generator itself was; `load_generator_lag_ms` tells that.
     """
     ok = [result for result in measured.results if result["outcome"] == "ok"]
     refused = [result for result in measured.results if result["outcome"] in REFUSALS]
@@ -39,6 +40,7 @@ def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
         "tokens_per_s": round(sum(result["tokens"] for result in ok) / span_s, 2),
         "goodput_per_s": round(good / span_s, 3),
         "slo_s": slo_s,
+        "by_kind": by_kind(measured.results, slo_s),
         "first_token_ms": latencies(result["first"] - result["at"] for result in ok),
         "first_token_ms_follow_up": latencies(result["first"] - result["at"] for result in ok if result["follow_up"]),
         "first_token_ms_new": latencies(result["first"] - result["at"] for result in ok if not result["follow_up"]),
@@ -56,6 +58,31 @@ def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
         "memory_mb": {role: round(held) for role, held in memory.items()} | {"all": round(sum(memory.values()))},
         "memory_growth": round(max(held[-quarter:]) / max(held[:quarter]) - 1, 4),
     } | scored(ok, slo_s, span_s)
+
+
+def by_kind(results: Iterable[Result], slo_s: float) -> dict[str, dict[str, int]]:
+    """Count the requests of each kind: all, those answered, and those answered in time.
+
+    Under overload follow-ups are answered more often than new images, so the answers are another mixture than the load.
+    """
+    found = {kind: {"requests": 0, "answered": 0, "in_time": 0} for kind in KINDS}
+    for result in results:
+        counts = found["follow_up" if result["follow_up"] else "new"]
+        is_answered = result["outcome"] == "ok"
+        counts["requests"] += 1
+        counts["answered"] += is_answered
+        counts["in_time"] += is_answered and result["end"] - result["at"] <= slo_s
+    return found
+
+
+def mixture(rounds: Sequence[dict[str, dict[str, int]]]) -> str:
+    """Say how many requests of each kind were answered in time, over all rounds."""
+    told = []
+    for kind, name in KINDS.items():
+        in_time, requests = (sum(each[kind][what] for each in rounds) for what in ("in_time", "requests"))
+        if requests:
+            told.append(f"{in_time:,} of {requests:,} {name}")
+    return f"in time: {', '.join(told)}"
 
 
 def scored(ok: Sequence[Result], slo_s: float, span_s: float) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ from benchmarks.bench.deaths import good_per_s, refusals_s
 from benchmarks.bench.load import Arrivals, Plan
 from benchmarks.bench.measuring import Measurement, Sample
 from benchmarks.bench.report import COLOURS, table, text, write
-from benchmarks.bench.summary import Verdict, first_tokens, latencies, pooled_ratio, profile, ratio, summary
+from benchmarks.bench.summary import Verdict, first_tokens, latencies, mixture, pooled_ratio, profile, ratio, summary
 from benchmarks.bench.systems import SYSTEMS
 from benchmarks.bench.workloads import Workload
 from benchmarks.figures import command
@@ -71,6 +71,25 @@ def test_right_answers_are_counted_in_time_and_of_those_that_say_that_they_are_r
     )
     assert (figures["right_per_s"], figures["accuracy"], figures["accuracy_reduced"]) == (1.0, 0.75, 0.5)
     assert "accuracy" not in summary(measured(result(0.0, 0.5)), slo_s=1.0)
+
+
+def test_answers_in_time_are_counted_by_kind():
+    results = [
+        result(0.0, 0.5),
+        result(0.0, 2.0),  # too late
+        result(0.0, 0.1, "saturated", first=None),
+        *(result(0.0, 0.5, follow_up=True) for _ in range(3)),
+    ]
+    figures = summary(measured(*results), slo_s=1.0)
+    assert figures["by_kind"] == {
+        "new": {"requests": 3, "answered": 2, "in_time": 1},
+        "follow_up": {"requests": 3, "answered": 3, "in_time": 3},
+    }
+    assert mixture([figures["by_kind"]] * 2) == "in time: 2 of 6 new images, 6 of 6 follow-ups"
+    run = {"system": "glimpse", "workload": "mixed", "round": 1, "figures": figures}
+    (row,) = table([run])
+    assert (row["new_in_time"], row["new_requests"], row["follow_up_answered"]) == (1, 3, 3)
+    assert text({"table": [row]}).splitlines()[1].split()[-2:] == ["1/3", "3/3"]
 
 
 def test_first_tokens_are_of_the_answered_by_kind():

@@ -31,6 +31,7 @@ from PIL import Image
 
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.processes import proportional_bytes
+from benchmarks.bench.summary import latencies
 from benchmarks.bench.systems import Running, gateway
 from benchmarks.figures import tell
 from build_engines.evaluation.accuracy import SCENES, rows
@@ -84,13 +85,9 @@ def ask(client: httpx.Client, image: str, question: str, max_tokens: int) -> tup
 
 
 def percentiles(milliseconds: list[float]) -> dict[str, float]:
-    cut = statistics.quantiles(milliseconds, n=100, method="inclusive")
-    return {
-        "n": len(milliseconds),
-        "p50_ms": round(cut[49], 1),
-        "p95_ms": round(cut[94], 1),
-        "p99_ms": round(cut[98], 1),
-    }
+    """Return percentiles; too few values have no p95 or no p99."""
+    found = latencies(each / 1e3 for each in milliseconds) or {}
+    return {"n": len(milliseconds), **{f"{name}_ms": round(found[name], 1) for name in found if name.startswith("p")}}
 
 
 def one_client(url: str, count: int) -> dict[str, dict[str, float]]:

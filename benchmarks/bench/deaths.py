@@ -18,7 +18,7 @@ from benchmarks.bench.models import BUILD, Model, ready
 from benchmarks.bench.processes import family
 from benchmarks.bench.report import table
 from benchmarks.bench.side_by_side import Case, machine, plan, say
-from benchmarks.bench.summary import REFUSALS, Verdict, by_kind, latencies, mixture, summary
+from benchmarks.bench.summary import REFUSALS, Verdict, by_kind, latencies, mixture, slowest, summary
 from benchmarks.bench.systems import Running, answers, gateway, made
 from benchmarks.bench.workloads import Workload
 
@@ -57,17 +57,14 @@ def deaths(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
     ends = {"one gateway": rest, "two gateways, deaths": measured}
     for name, each in ends.items():
         note_run(name, each, served, runs)
-    refused_ms = latencies(refusals_s(measured, outages))
-    slowest = {
-        f"{count} clients": latency_p99(figures["refusal_ms"]) for count, figures in zip(CROWDS, crowds, strict=True)
-    }
-    slowest["deaths"] = latency_p99(refused_ms)
+    refused_ms = {f"{count} clients": figures["refusal_ms"] for count, figures in zip(CROWDS, crowds, strict=True)}
+    refused_ms |= {"one gateway": latencies(refusals_s(rest, [])), "deaths": latencies(refusals_s(measured, outages))}
     kinds = {name: mixture([by_kind(each.results, served.slo_s)]) for name, each in ends.items()}
     down_s = sum(end - begin for begin, end in outages)
     promises = [
         Verdict("goodput while parts die / of one gateway alone", left / alone if alone else 0.0, 0.9, True,
                 f"{left:.1f} and {alone:.1f} answers/s; no Triton for {down_s:.1f} s; {kinds}"),
-        Verdict("slowest refusals (p99), ms", max(slowest.values()), 50, False, f"{slowest}"),
+        slowest_refusals(refused_ms),
     ]  # fmt: skip
     return {
         "title": f"{served.title}: {STRAIN:g} times the capacity while a gateway and a Triton die",
@@ -165,5 +162,8 @@ def refusals_s(measured: Measurement, outages: Sequence[Outage]) -> list[float]:
     ]
 
 
-def latency_p99(figures: dict[str, float] | None) -> float:
-    return float(figures["p99"]) if figures else 0.0
+def slowest_refusals(refused_ms: dict[str, dict[str, float] | None]) -> Verdict:
+    """Judge the slowest of all loads' refusals; not measured if nothing was refused."""
+    found = {name: slowest(each) for name, each in refused_ms.items()}
+    most = max((ms for ms in found.values() if ms is not None), default=None)
+    return Verdict("slowest refusals (p99), ms", most, 50, False, f"{found}")

@@ -29,7 +29,7 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row per workload and system: medians over the rounds, sums of requests, and each round's requests/s."""
+    """Return one row per workload and system: medians over the rounds, sums of requests, each round's requests/s."""
     rows = []
     for workload, system in dict.fromkeys((run["workload"], run["system"]) for run in runs):
         rounds = [run["figures"] for run in runs if (run["workload"], run["system"]) == (workload, system)]
@@ -42,7 +42,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row["requests_per_s_rounds"] = [figures["requests_per_s"] for figures in rounds]
         for key in LATENCIES:
             for percentile in ("p50", "p95", "p99"):
-                found = [figures[key][percentile] for figures in rounds if figures[key]]
+                found = [figures[key][percentile] for figures in rounds if percentile in (figures[key] or {})]
                 row[f"{key}_{percentile}"] = statistics.median(found) if found else None
         row["cpu_ms_a_request"] = statistics.median(figures["cpu_ms_a_request"]["all"] for figures in rounds)
         row["memory_mb"] = max(figures["memory_mb"]["all"] for figures in rounds)
@@ -68,9 +68,8 @@ def text(report: Mapping[str, Any]) -> str:
         lines.append(f"core ms per answer of glimpse, {workload} (bare engines): {', '.join(parts)}")
     for verdict in report.get("verdict", []):
         met = "met    " if verdict["met"] else "NOT met"
-        lines.append(
-            f"{met} {verdict['promise']}: {verdict['found']} ({verdict['wanted']}, {verdict['by']}) {verdict['note']}"
-        )
+        found = "-" if verdict["found"] is None else verdict["found"]
+        lines.append(f"{met} {verdict['promise']}: {found} ({verdict['wanted']}, {verdict['by']}) {verdict['note']}")
     return "\n".join(lines)
 
 

@@ -197,9 +197,11 @@ def machine() -> dict[str, Any]:
 
 
 def rounds_of(
-    report: dict[str, Any], system: str, case: Case, figure: Callable[[dict[str, Any]], Figure]
+    report: dict[str, Any], system: str, case: Case, figure: Callable[[dict[str, Any]], Figure | None]
 ) -> list[Figure]:
-    """Return one figure of every round, in order."""
-    return [
+    """Return one figure of every round, in order; nothing if a round lacks it."""
+    found = [
         figure(run["figures"]) for run in report["runs"] if (run["system"], run["workload"]) == (system, case.label)
     ]
+    known = [each for each in found if each is not None]
+    return known if len(known) == len(found) else []

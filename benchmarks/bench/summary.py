@@ -14,6 +14,7 @@ from benchmarks.bench.measuring import Measurement
 
 Result = dict[str, Any]
 LEAST_MS = 0.05  # a profile leaves out processes that take less per answer
+LEAST = ((50, 1), (95, 20), (99, 100))  # percentiles, and the values that each needs
 KINDS = {"new": "new images", "follow_up": "follow-ups"}
 REFUSALS = frozenset({"saturated", "tenant_share", "deadline", "shutting_down", "overloaded"})
 
@@ -22,7 +23,8 @@ def summary(measured: Measurement, slo_s: float) -> dict[str, Any]:
     """Compute the figures of one measurement.
 
     Latencies are milliseconds of answered requests. Goodput counts answers within `slo_s` of their scheduled sending
-    time, of both kinds together; `by_kind` tells them apart. All latencies include how late the load generator itself was; `load_generator_lag_ms` tells that.
+    time, of both kinds together; `by_kind` tells them apart. All latencies include how late the load generator itself
+    was; `load_generator_lag_ms` tells that.
     """
     ok = [result for result in measured.results if result["outcome"] == "ok"]
     refused = [result for result in measured.results if result["outcome"] in REFUSALS]
@@ -112,13 +114,20 @@ def first_tokens(results: Iterable[Result]) -> dict[str, list[float]]:
 
 
 def latencies(seconds: Iterable[float]) -> dict[str, float] | None:
-    """Return percentiles in ms, or None if there are no values."""
+    """Return percentiles in ms, or None if there are no values.
+
+    Too few values have no `p95` or no `p99`: it would be their maximum, or nearly.
+    """
     found = np.fromiter(seconds, float) * 1e3
     if not found.size:
         return None
-    p50, p95, p99 = np.percentile(found, [50, 95, 99])
-    return {"n": int(found.size), "p50": round(p50, 2), "p95": round(p95, 2), "p99": round(p99, 2),
-            "max": round(float(found.max()), 2)}  # fmt: skip
+    told = {f"p{share}": round(float(np.percentile(found, share)), 2) for share, least in LEAST if found.size >= least}
+    return {"n": int(found.size), **told, "max": round(float(found.max()), 2)}
+
+
+def slowest(figures: dict[str, float] | None) -> float | None:
+    """Return the p99 of such percentiles, or the maximum if they have none; None if there were no values."""
+    return figures.get("p99", figures["max"]) if figures else None
 
 
 def _share(said: Iterable[bool]) -> float | None:
@@ -191,22 +200,28 @@ class Verdict:
     """One promise and what was found."""
 
     promise: str
-    found: float
+    found: float | None  # None: not measured, so not met
     wanted: float
     at_least: bool  # else at most
     note: str = ""
 
     @property
     def met(self) -> bool:
+        if self.found is None:
+            return False
         return self.found >= self.wanted if self.at_least else self.found <= self.wanted
 
     def to_json(self) -> dict[str, Any]:
-        by = self.found / self.wanted - 1 if self.wanted else self.found - self.wanted
         return {
             "promise": self.promise,
             "wanted": f"{'>=' if self.at_least else '<='} {self.wanted:g}",
-            "found": round(self.found, 4),
+            "found": None if self.found is None else round(self.found, 4),
             "met": self.met,
-            "by": f"{by:+.0%}" if self.wanted else f"{by:+g}",
+            "by": self._by(),
             "note": self.note,
         }
+
+    def _by(self) -> str:
+        if self.found is None:
+            return "not measured"
+        return f"{self.found / self.wanted - 1:+.0%}" if self.wanted else f"{self.found:+g}"

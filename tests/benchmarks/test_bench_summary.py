@@ -7,11 +7,21 @@ import json
 import pytest
 from PIL import Image
 
-from benchmarks.bench.deaths import good_per_s, refusals_s
+from benchmarks.bench.deaths import good_per_s, refusals_s, slowest_refusals
 from benchmarks.bench.load import Arrivals, Plan
 from benchmarks.bench.measuring import Measurement, Sample
 from benchmarks.bench.report import COLOURS, table, text, write
-from benchmarks.bench.summary import Verdict, first_tokens, latencies, mixture, pooled_ratio, profile, ratio, summary
+from benchmarks.bench.summary import (
+    Verdict,
+    first_tokens,
+    latencies,
+    mixture,
+    pooled_ratio,
+    profile,
+    ratio,
+    slowest,
+    summary,
+)
 from benchmarks.bench.systems import SYSTEMS
 from benchmarks.bench.workloads import Workload
 from benchmarks.figures import command
@@ -47,7 +57,7 @@ def test_summary_counts_what_was_answered():
     assert figures["requests_per_s"] == 1.0  # two answers in the two seconds until the last one ended
     assert figures["goodput_per_s"] == 0.5  # one of the two in time
     assert figures["tokens_per_s"] == 2.0
-    assert figures["first_token_ms"] == {"n": 2, "p50": 100.0, "p95": 100.0, "p99": 100.0, "max": 100.0}
+    assert figures["first_token_ms"] == {"n": 2, "p50": 100.0, "max": 100.0}
     assert figures["first_token_ms_follow_up"]["n"] == 1
     assert figures["refusal_ms"]["p50"] == pytest.approx(10.0)
     assert figures["cache_hits"] == figures["reduced"] == 0.5
@@ -114,6 +124,15 @@ def test_profile_tells_where_the_cores_time_goes():
     assert sum(part["spent_ms"] for part in found.values()) == 2 * 2000.0
 
 
+def test_few_values_have_no_high_percentile():
+    assert latencies([0.001] * 19).keys() == {"n", "p50", "max"}
+    assert latencies([0.001] * 20).keys() == {"n", "p50", "p95", "max"}
+    assert latencies([0.001] * 100).keys() == {"n", "p50", "p95", "p99", "max"}
+    assert slowest(latencies([0.001] * 11 + [0.05])) == 50.0
+    assert slowest(latencies([0.001] * 199 + [0.05])) < 50.0
+    assert slowest(None) is None
+
+
 def test_nobody_answered_is_no_latency():
     assert latencies([]) is None
     figures = summary(measured(result(0.0, 0.1, "saturated", first=None)), slo_s=1.0)
@@ -128,6 +147,9 @@ def test_time_in_which_nobody_can_answer_does_not_count():
     assert good_per_s(results, [(2.0, 6.0)], 1.0) == pytest.approx(4 / 4)
     assert good_per_s(results, [(6.0, 9.0)], 1.0) == pytest.approx(4 / 6)  # the load ended at 8
     assert good_per_s([], [], 1.0) == 0.0
+    refused_ms = {"one gateway": {"n": 200, "p50": 9.0, "p95": 50.0, "p99": 60.0, "max": 70.0}, "16 clients": None}
+    assert (slowest_refusals(refused_ms).found, slowest_refusals(refused_ms).met) == (60.0, False)
+    assert not slowest_refusals({"16 clients": None}).met
     late = measured(*results, result(3.0, 4.0, "saturated"))
     assert refusals_s(late, [(2.0, 6.0)]) == [pytest.approx(0.1)]
 
@@ -142,6 +164,13 @@ def test_a_verdict_says_by_how_much():
     missed = Verdict("slower", 0.6, 0.4, at_least=False).to_json()
     assert (missed["met"], missed["by"], missed["wanted"]) == (False, "+50%", "<= 0.4")
     assert Verdict("leaks", 0, 0, at_least=False).met
+
+
+@pytest.mark.parametrize("at_least", [True, False])
+def test_a_promise_that_was_not_measured_is_not_met(at_least: bool):
+    told = Verdict("x", None, 3.0, at_least).to_json()
+    assert (told["met"], told["found"], told["by"]) == (False, None, "not measured")
+    assert "NOT met x: - (" in text({"verdict": [told]})
 
 
 def test_the_report_is_json_and_a_picture(tmp_path):

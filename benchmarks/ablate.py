@@ -18,10 +18,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.ablation.plan import RESULTS, Plan
+from benchmarks.ablation.plan import Plan
+from benchmarks.bench.models import BUILD
+from benchmarks.figures import commit
 
 
-def main(given: list[str] | None = None) -> None:
+def parsed(given: list[str] | None = None) -> argparse.Namespace:
     plan = Plan()
     parser = argparse.ArgumentParser(
         prog="glimpse ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,9 +47,16 @@ def main(given: list[str] | None = None) -> None:
         "--kept", type=Path, default=plan.kept, help="folder of finished arms, which are reused (default: %(default)s)"
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder of ablation.json and ablation.png (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=BUILD,
+        help="folder of ablation.json and ablation.png, and of benchmarks.stages' stages.json (default: build/bench)",
     )
-    asked = parser.parse_args(given)
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> None:
+    asked = parsed(given)
     plan = Plan(asked.checkpoint, asked.repository, asked.kept, asked.scenes, asked.small_print, asked.timed)
     if asked.quick:
         plan = replace(plan, scenes=6, small_print=6, timed=5)
@@ -56,11 +65,11 @@ def main(given: list[str] | None = None) -> None:
 
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.rivals:
-        beside = rivals.measure(plan)
+        beside = {"commit": commit()} | rivals.measure(plan)
         (asked.out / "rivals.json").write_text(json.dumps(beside, indent=1) + "\n")
         print(rivals.table(beside))
         return
-    told = measuring.measure(plan)
+    told = {"commit": commit()} | measuring.measure(plan, asked.out)
     (asked.out / "ablation.json").write_text(json.dumps(told, indent=1) + "\n")
     plots.page(told, asked.out / "ablation.png")
     print(json.dumps(told["verdict"], indent=2))

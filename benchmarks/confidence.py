@@ -15,7 +15,6 @@ calibration. Groups of questions:
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.arguments import count
+from benchmarks.bench.models import BUILD
+from benchmarks.figures import tell
 from benchmarks.latency import own_server
 from benchmarks.other_renderer import drawn
 from build_engines.calibration.asking import ABSENT, Task, as_webp, is_found, scenes
@@ -38,7 +40,6 @@ mpl.use("Agg")
 from matplotlib import pyplot
 
 FIRST = 900_000  # scenes that nothing else uses
-REPORT = Path(__file__).parent / "results" / "confidence"
 COVERAGE = 0.9
 BINS = 10
 DRAWS = 500
@@ -270,17 +271,21 @@ def _found(axes: Any, said: Sequence[Said], value: float) -> None:
     axes.legend(fontsize=8)
 
 
-def main() -> None:
+def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=70, help="of each split")
-    parser.add_argument("--out", type=Path, default=REPORT, help="path of the report, without .json and .png")
-    given = parser.parse_args()
+    parser.add_argument("--scenes", type=count, default=70, help="of each split")
+    parser.add_argument("--out", type=Path, default=BUILD / "confidence",
+                        help="path of the report, without .json and .png [build/bench/confidence]")  # fmt: skip
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    given = parsed()
     with own_server() as server:
         said = asked(server.url, given.scenes)
     told = report(said)
-    given.out.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n")
+    tell(told, given.out.with_suffix(".json"))
     plot(said, told, given.out.with_suffix(".png"))
-    print(json.dumps(told, indent=2))
 
 
 if __name__ == "__main__":

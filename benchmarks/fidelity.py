@@ -25,6 +25,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from benchmarks.arguments import count
 from service.core.card import ModelCard
 from service.core.errors import GlimpseError
 from service.core.models import Generation
@@ -155,7 +156,7 @@ async def measure(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=count, default=60)
     asyncio.run(measure(parser.parse_args().rounds))
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.arguments import count
 from benchmarks.faithfulness import service
 from benchmarks.figures import tell
 from benchmarks.pages import KINDS, SIZES, pages
@@ -128,7 +129,7 @@ def bar(by_size: dict[str, dict[str, Any]]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pages", type=int, default=50, help="of each size")
+    parser.add_argument("--pages", type=count, default=50, help="of each size")
     parser.add_argument("--detail", default="low", choices=("low", "high", "auto"))
     parser.add_argument("--url", help="of a running service")
     parser.add_argument("--out", type=Path, help="write the report as JSON here too")

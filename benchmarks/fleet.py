@@ -1,6 +1,6 @@
 """Size a fleet and simulate it: G gateways, V vision replicas, L LLM replicas, at 10 to 100,000 requests a second.
 
-    python -m benchmarks.fleet      # -> benchmarks/results/fleet.{json,png}, in five minutes
+    python -m benchmarks.fleet      # -> build/bench/fleet.{json,png}, in five minutes
 
 `needed` counts what a rate needs from the figures of a `Hardware`. `simulate` runs that fleet request by request: every
 gateway has the served scheduler (service/admission/scheduler.py) with its share of the fleet's vision slots and LLM
@@ -17,7 +17,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import simpy
 
+from benchmarks.arguments import count
+from benchmarks.bench.models import BUILD
 from benchmarks.figures import tell
 from service.admission.concurrency_limit import ConcurrencyLimit
 from service.admission.contention import Contention
@@ -310,11 +312,15 @@ TURNS = {  # what an operator can turn, and what it changes
 }
 
 
-def main() -> None:
+def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=SIMULATED_REQUESTS, help="most requests of one run")
-    parser.add_argument("--out", type=Path, default=RESULTS / "fleet.json")
-    arguments = parser.parse_args()
+    parser.add_argument("--requests", type=count, default=SIMULATED_REQUESTS, help="most requests of one run")
+    parser.add_argument("--out", type=Path, default=BUILD / "fleet.json", help="[build/bench/fleet.json]")
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    arguments = parsed()
     hardware, traffic = AS_IT_IS
     swept = needed(SWEPT, hardware, traffic)
     fewer = {part: replace(swept, **{part: math.ceil(0.75 * count)}) for part, count in asdict(swept).items()}

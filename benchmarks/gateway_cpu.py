@@ -24,12 +24,14 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.arguments import count
 from benchmarks.bench.http_client import HttpClient
 from benchmarks.bench.load import form
 from benchmarks.bench.models import BUILD, MODELS, ready
 from benchmarks.bench.processes import DECODER, cpu_by_role
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import SYSTEMS, Running, running
+from benchmarks.figures import tell
 from service.media.decoder import ImageLimits, decode
 
 QUESTION = "describe the image."  # its answer is long enough to be cut at any of LENGTHS
@@ -152,9 +154,9 @@ async def measure(system: Running, clients: int, requests: int, rounds: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="reference")
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=200, help="requests of each length and round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", type=count, default=8)
+    parser.add_argument("--requests", type=count, default=200, help="requests of each length and round")
+    parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     told = parser.parse_args()
     system = replace(SYSTEMS["glimpse"], settings=CONFIGURED)
@@ -168,10 +170,7 @@ def main() -> None:
         "decoding alone, in this process, ms": round(decoding_ms(), 2),
         "idle, ms a second": round(idle, 1),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if told.out:
-        told.out.write_text(text + "\n")
+    tell(report, told.out)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.arguments import count
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.systems import gateway
 from benchmarks.figures import tell
@@ -151,7 +152,7 @@ def rank_sum_p(one: Sequence[float], other: Sequence[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--guesses", type=int, default=10_000)
+    parser.add_argument("--guesses", type=count, default=10_000)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     with TemporaryDirectory() as name, redis_server() as redis_url:

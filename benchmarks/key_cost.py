@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
+from benchmarks.arguments import count
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.systems import gateway
 from benchmarks.figures import tell
@@ -84,7 +85,7 @@ def measure(askers: dict[str, Asker], count: int) -> dict[str, dict[str, float]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=1_000)
+    parser.add_argument("--questions", type=count, default=1_000)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     with TemporaryDirectory() as name, ExitStack() as open_gateways:

@@ -29,6 +29,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from benchmarks.arguments import count
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.processes import proportional_bytes
 from benchmarks.bench.summary import latencies
@@ -161,7 +162,7 @@ def measure(server: Server, count: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=200, help="cold questions to ask with one client")
+    parser.add_argument("--requests", type=count, default=200, help="cold questions to ask with one client")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     with own_server() as server:

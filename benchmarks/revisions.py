@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from benchmarks.arguments import count
 from benchmarks.bench.models import PROJECT, REFERENCE
 from benchmarks.bench.scenes import Scenes
 from benchmarks.bench.systems import gateway
@@ -146,8 +147,8 @@ def compare(sides: tuple[Side, Side], count: int, blocks: int, block_requests: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the other checkout")
-    parser.add_argument("--pairs", type=int, default=200, help="requests to each, cold and follow-up [200]")
-    parser.add_argument("--blocks", type=int, default=20, help="of follow-ups with 8 clients, for each checkout [20]")
+    parser.add_argument("--pairs", type=count, default=200, help="requests to each, cold and follow-up [200]")
+    parser.add_argument("--blocks", type=count, default=20, help="of follow-ups with 8 clients, for each checkout [20]")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     told = parser.parse_args()
     with ExitStack() as both:

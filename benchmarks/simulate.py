@@ -1,6 +1,6 @@
 """Simulate the waits of a synthetic day under several scheduling policies.
 
-    python -m benchmarks.simulate     # a million requests under each policy -> benchmarks/results/scheduling.{json,png}
+    python -m benchmarks.simulate     # a million requests under each policy -> build/bench/scheduling.{json,png}
 
 It runs the real scheduler with a simulated clock. Arrivals are Poisson; the rate is a sine over the day with 40 bursts
 of 1 to 3 minutes at twice the rate. 60 % are follow-ups, 35 % have one new image, 5 % have four. Images hold vision
@@ -20,10 +20,9 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,10 +31,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.arguments import count
+from benchmarks.bench.models import BUILD
 from benchmarks.bench.orders import Fifo
+from benchmarks.figures import tell
 from service.admission.scheduler import Claim, Kind, Resource, Scheduler
 
-RESULTS = Path(__file__).parent / "results"
 DAY_S = 86_400
 BURSTS = 40
 VISION_SLOTS = 8
@@ -189,12 +190,16 @@ def plot(day: Day, every: Mapping[str, Waits], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
+def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=1_000_000)
+    parser.add_argument("--requests", type=count, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=BUILD, help="folder of scheduling.json and .png [build/bench]")
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    arguments = parsed()
     day = synthetic_day(arguments.requests, arguments.seed)
     every = {name: scheduled(day, policy(VISION_SLOTS, LLM_TOKENS)) for name, policy in POLICIES.items()}
     result = {
@@ -202,10 +207,7 @@ def main() -> None:
         "seed": arguments.seed,
         "policies": {name: summary(day, waits) for name, waits in every.items()},
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "scheduling.json").write_text(text)
+    tell(result, arguments.out / "scheduling.json")
     plot(day, every, arguments.out / "scheduling.png")
 
 

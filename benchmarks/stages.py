@@ -26,6 +26,7 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
+from benchmarks.arguments import count
 from benchmarks.bench.engine import Work, fastest, feeds
 from benchmarks.figures import tell
 from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, rows
@@ -138,9 +139,9 @@ def main() -> None:
     parser.add_argument(
         "--triton", default="http://127.0.0.1:8002", help="URL of Triton's metrics (default: %(default)s)"
     )
-    parser.add_argument("--clients", type=int, default=1, help="concurrent clients (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--requests", type=int, default=25, help="requests per round (default: %(default)s)")
+    parser.add_argument("--clients", type=count, default=1, help="concurrent clients (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=20)
+    parser.add_argument("--requests", type=count, default=25, help="requests per round (default: %(default)s)")
     parser.add_argument("--detail", choices=("low", "high"), default="low")
     parser.add_argument(
         "--graphs", type=Path, metavar="REPOSITORY", help="also time the vision models' graphs of this repository alone"

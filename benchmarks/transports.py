@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import grpc
 
+from benchmarks.arguments import count
 from benchmarks.bench.models import REFERENCE
 from benchmarks.bench.systems import Running, gateway
 from benchmarks.figures import tell
@@ -135,7 +136,7 @@ def measure(running: Running, count: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=600, help="questions to ask over every way")
+    parser.add_argument("--questions", type=count, default=600, help="questions to ask over every way")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder, gateway(REFERENCE, Path(folder), {"VISUAL_CACHE_BYTES": "0"}) as running:

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.ablation import arms, costs, report
 from benchmarks.ablation.arms import ADAPTIVE, ADAPTIVE_ARM, AUTO, HIGH, LOW, Named
 from benchmarks.ablation.exams import FIRST, Scenes, either
-from benchmarks.ablation.plan import RESULTS, Plan
+from benchmarks.ablation.plan import Plan
 from benchmarks.ablation.report import MOST_TOKENS, Json, Measured
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.scenes.held_out import NEW, SMALL
@@ -117,7 +117,8 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def measure(plan: Plan) -> Json:
+def measure(plan: Plan, out: Path) -> Json:
+    """Measure all arms -> the report. `out` holds the report of `benchmarks.stages`, if there is one."""
     ablation = Ablation(plan)
     comparisons, shown = ablation.comparisons()
     for arm in arms.curves(ablation.closer_view):
@@ -139,7 +140,7 @@ def measure(plan: Plan) -> Json:
         "scenes": {split: scenes.number for split, scenes in ablation.scenes.items()},
         "first_scene": FIRST,
         "questions": {split: len(exam.asked) for split, exam in ablation.exams.items()},
-        "verdict": report.verdict(comparisons, compact.tokens, spent, peak, costs.shares(cost, RESULTS)),
+        "verdict": report.verdict(comparisons, compact.tokens, spent, peak, costs.shares(cost, out)),
         "comparisons": comparisons,
         "shown": shown,
         "spending": spent,

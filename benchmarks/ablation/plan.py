@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent.parent
-RESULTS = PROJECT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)

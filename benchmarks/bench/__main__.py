@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.arguments import above_zero, count
 from benchmarks.bench.load import Arrivals
 from benchmarks.bench.models import BUILD, MODELS
 from benchmarks.bench.report import text, write
@@ -51,25 +53,38 @@ def parser() -> argparse.ArgumentParser:
         "--scenario", choices=SCENARIOS, help="a named measurement with its own systems, workloads and arrivals"
     )
     made.add_argument("--model", choices=MODELS, default="reference")
-    made.add_argument("--seconds", type=float, default=30.0, help="duration of each measurement [30]")
-    made.add_argument("--rounds", type=int, default=3, help="rounds over all systems in turn [3]")
+    made.add_argument("--seconds", type=above_zero, default=30.0, help="duration of each measurement [30]")
+    made.add_argument("--rounds", type=count, default=3, help="rounds over all systems in turn [3]")
     made.add_argument("--out", type=Path, help="path of the report without suffix [build/bench/NAME]")
     made.add_argument("--systems", type=lambda said: names(said, SYSTEMS), default=("naive", "glimpse"),
                       help=f"comma-separated, from {', '.join(SYSTEMS)}")  # fmt: skip
     made.add_argument("--workloads", type=lambda said: tuple(map(workload_of, said.split(","))),
                       default=(Workload("mixed"),))  # fmt: skip
     when = made.add_mutually_exclusive_group()
-    when.add_argument("--clients", type=int, default=16, help="clients of a closed loop [16]")
-    when.add_argument("--rate", type=float, help="Poisson arrivals, requests/s")
+    when.add_argument("--clients", type=count, default=16, help="clients of a closed loop [16]")
+    when.add_argument("--rate", type=above_zero, help="Poisson arrivals, requests/s")
     when.add_argument(
-        "--burst", nargs=2, type=float, metavar=("SIZE", "EVERY_S"), help="SIZE requests at once, every EVERY_S s"
+        "--burst", nargs=2, type=above_zero, metavar=("SIZE", "EVERY_S"), help="SIZE requests at once, every EVERY_S s"
     )
     return made
 
 
+def unequal(systems: Sequence[str], workloads: Sequence[Workload]) -> str:
+    """Say why these systems would not do the same work; empty if they do."""
+    others = [name for name in systems if SYSTEMS[name].asked_as != "glimpse"]
+    if others and any(workload.shape == "multi_image" for workload in workloads):
+        return f"multi_image: {', '.join(others)} would see the first image alone: choose systems named glimpse"
+    return ""
+
+
 def main() -> int:
     """Return 0 if every promise is met, else 1."""
-    told = parser().parse_args()
+    made = parser()
+    told = made.parse_args()
+    if told.burst and told.burst[0] % 1:
+        made.error(f"--burst: SIZE is a whole number of requests, not {told.burst[0]:g}")
+    if not told.scenario and (refusal := unequal(told.systems, told.workloads)):
+        made.error(refusal)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the running system first
     if told.scenario:
         report = SCENARIOS[told.scenario](told.model, told.seconds, told.rounds)

@@ -24,7 +24,7 @@ from benchmarks.bench.report import table
 from benchmarks.bench.summary import first_tokens, profile, summary
 from benchmarks.bench.systems import SYSTEMS, System, running
 from benchmarks.bench.workloads import KNOWN, Workload
-from benchmarks.figures import command
+from benchmarks.figures import command, commit
 from service.core.card import LLM_TOKENIZER
 
 Figure = TypeVar("Figure")
@@ -87,6 +87,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         except RuntimeError as error:
             failed[system] = str(error)
             say(f"{system} failed: {error}")
+    keep(runs)  # so that a failure in what follows does not lose them
     engine = engine_limit(model, runs) if comparison.engine else None
     return {
         "title": model.title,
@@ -100,6 +101,12 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         "table": table(runs),
         "runs": runs,
     }  # fmt: skip
+
+
+def keep(runs: Sequence[dict[str, Any]]) -> None:
+    """Write the measured rounds to build/bench/runs.json."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "runs.json").write_text(json.dumps(runs, indent=1) + "\n")
 
 
 def turns(comparison: Comparison) -> Iterator[tuple[int, str]]:
@@ -168,11 +175,11 @@ def engine_limit(model: Model, runs: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def profiles(comparison: Comparison, runs: Sequence[dict[str, Any]], engine: dict[str, Any]) -> dict[str, Any]:
-    """Profile the cases with several clients; one client leaves cores idle."""
+    """Profile the closed loops of several clients; one client leaves cores idle, and so may an open loop."""
     found = {}
     for case in comparison.cases:
         rounds = [run["figures"] for run in runs if (run["system"], run["workload"]) == ("glimpse", case.label)]
-        if rounds and case.workload.shape in LIMITED and case.arrivals.clients > 1:
+        if rounds and case.workload.shape in LIMITED and (case.arrivals.clients or 0) > 1:
             found[case.label] = profile(rounds, engine, case.workload.shape)
     return found
 
@@ -192,6 +199,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
+        "commit": commit(),
         "command": command("glimpse bench", sys.argv[1:]),
     }
 

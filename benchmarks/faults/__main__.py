@@ -20,6 +20,7 @@ from pathlib import Path
 
 import uvloop
 
+from benchmarks.arguments import count
 from benchmarks.bench.models import BUILD
 from benchmarks.bench.side_by_side import machine
 from benchmarks.faults import isolation
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "python -m benchmarks.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--seed", type=int, default=1, help="decides kinds, order, targets and durations [1]")
-    made.add_argument("--count", type=int, default=200, help="number of faults [200]")
+    made.add_argument("--count", type=count, default=200, help="number of faults [200]")
     made.add_argument("--kinds", type=kinds_of, default=tuple(CATALOGUE), help="comma-separated [all]")
     made.add_argument("--out", type=Path, help="path of the report without suffix [build/bench/faults_SEED]")
     return made

@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 
 import uvloop
 
+from benchmarks.arguments import count
 from benchmarks.bench.http_client import HttpClient
 from benchmarks.bench.load import form
 from benchmarks.bench.models import PROJECT, REFERENCE
@@ -137,9 +138,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", nargs="?", choices=("images", "clips", "bodies", "decoders", "cost", "schema"))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=1000, help="mutants [1000]")
-    parser.add_argument("--connections", type=int, default=8, help="kept open, each with one request at a time [8]")
-    parser.add_argument("--examples", type=int, default=300, help="of schema: examples an operation [300]")
+    parser.add_argument("--count", type=count, default=1000, help="mutants [1000]")
+    parser.add_argument("--connections", type=count, default=8, help="kept open, each with one request at a time [8]")
+    parser.add_argument("--examples", type=count, default=300, help="of schema: examples an operation [300]")
     parser.add_argument("--keys", action="store_true", help="of schema: ask a service with keys")
     parser.add_argument(
         "--only",

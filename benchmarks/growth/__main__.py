@@ -27,7 +27,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.bench.models import REFERENCE
+from benchmarks.arguments import above_zero, count
+from benchmarks.bench.models import BUILD, REFERENCE
 from benchmarks.bench.side_by_side import machine
 from benchmarks.bench.systems import gateway
 from benchmarks.figures import command
@@ -40,7 +41,6 @@ from benchmarks.growth.tenants import OfTenants
 
 CURVES: tuple[Curve, ...] = (*served.CURVES, *tenants.CURVES, *in_process.CURVES)
 AXES = tuple(dict.fromkeys(curve.axis for curve in CURVES))
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def measure(curves: Sequence[Curve], rounds: int, seconds: float, seed: int) -> dict[tuple[str, str], Found]:
@@ -66,11 +66,12 @@ def report(curves: Sequence[Curve], found: dict[tuple[str, str], Found], options
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, metavar="AXIS", help=f"of {', '.join(AXES)}")
-    parser.add_argument("--rounds", type=int, default=5, help="visits of each point, at least 2 [5]")
-    parser.add_argument("--seconds", type=float, default=5.0, help="a point of a service lasts at least so long [5]")
+    parser.add_argument("--rounds", type=count, default=5, help="visits of each point, at least 2 [5]")
+    parser.add_argument("--seconds", type=above_zero, default=5.0, help="a service's point lasts at least so long [5]")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the points, and of the questions [0]")
     parser.add_argument("--small", action="store_true", help="the three smallest sizes alone: try whether it works")
-    parser.add_argument("--out", type=Path, default=RESULTS / "growth.json", help="and a picture of the same name")
+    parser.add_argument("--out", type=Path, default=BUILD / "growth.json",
+                        help="and a picture of the same name [build/bench/growth.json]")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error("--rounds must be at least 2: an interval needs several rounds")

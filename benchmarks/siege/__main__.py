@@ -31,6 +31,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks.arguments import above_zero
 from benchmarks.bench.load import Arrivals, Plan
 from benchmarks.bench.measuring import Measurement, measure
 from benchmarks.bench.models import PROJECT, REFERENCE
@@ -127,8 +128,8 @@ def siege(seconds: float, attack: Attack, settings: Mapping[str, str]) -> dict[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two phases [60]")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the attackers [1]")
+    parser.add_argument("--seconds", type=above_zero, default=60.0, help="of each of the two phases [60]")
+    parser.add_argument("--scale", type=above_zero, default=1.0, help="share of the attackers [1]")
     parser.add_argument("--only", help="comma-separated kinds of attackers; the others stay away")
     parser.add_argument("--nice", type=int, default=10, help="by how much attackers are nicer than the service [10]")
     parser.add_argument("--max-connections", type=int, help="the gateway's setting, if not its default")

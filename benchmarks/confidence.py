@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ mpl.use("Agg")
 from matplotlib import pyplot
 
 FIRST = 900_000  # scenes that nothing else uses
+IMAGES_OF_A_GROUP = 10_000_000  # distance between the image numbers of two groups
 COVERAGE = 0.9
 BINS = 10
 DRAWS = 500
@@ -73,13 +74,16 @@ def pictures(number: int) -> Iterator[Picture]:
     """Render what is asked about, `number` scenes a split."""
     for split in SPLITS:
         for picture in scenes(split, number, FIRST):
-            tasks = [renamed(task, split) for task in picture.tasks]
+            tasks = [renamed(replace(task, image=image_number(split, task.image)), split) for task in picture.tasks]
             yield Picture(picture.data, tasks)
             if split == SMALL:
                 yield Picture(picture.data, [renamed(task, AUTO) for task in tasks if task.group != ABSENT], "auto")
     rng = np.random.default_rng(FIRST)
     for index, scene in enumerate(held_out_scenes(NEW, round(number * SHARES[OTHER]), FIRST + number), FIRST + number):
-        tasks = [Task(index, OTHER, asked.text, asked.answer, is_found(asked)) for asked in scene.questions]
+        tasks = [
+            Task(image_number(OTHER, index), OTHER, asked.text, asked.answer, is_found(asked))
+            for asked in scene.questions
+        ]
         yield Picture(as_webp(drawn(scene.things, rng)), tasks)
     asked = [task for picture in scenes(NEW, number, FIRST + 2 * number, absent=0) for task in picture.tasks]
     for index, each in enumerate(foreign("measure", round(number * SHARES["foreign"]), seed=1)):
@@ -87,9 +91,14 @@ def pictures(number: int) -> Iterator[Picture]:
         yield Picture(each.data, [Task(-1 - index, each.kind, question, None, None) for question in questions])
 
 
+def image_number(group: str, scene: int) -> int:
+    """Number the images of all groups: every split begins with the same scene's number."""
+    return (*SPLITS, OTHER).index(group) * IMAGES_OF_A_GROUP + scene
+
+
 def renamed(task: Task, group: str) -> Task:
     """Put a task into a group; one about an absent object stays in its own."""
-    return Task(task.image, task.group if task.group == ABSENT else group, task.question, task.answer, task.found)
+    return task if task.group == ABSENT else replace(task, group=group)
 
 
 def asked(url: str, number: int) -> list[Said]:
@@ -281,9 +290,11 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     given = parsed()
-    with own_server() as server:
+    with own_server(ELASTIC_FIDELITY="false") as server:  # no answer may rest on fewer tokens because of load
         said = asked(server.url, given.scenes)
-    told = report(said)
+        model = httpx.get(f"{server.url}/v1/models").raise_for_status().json()["data"][0]
+    weights = {name: model[name] for name in ("fingerprint", "visual_fingerprint")}
+    told = {"model": model["id"], **weights, "scenes_of_a_split": given.scenes} | report(said)
     tell(told, given.out.with_suffix(".json"))
     plot(said, told, given.out.with_suffix(".png"))
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -147,8 +146,7 @@ def service(url: str | None) -> Iterator[str]:
     if url:
         yield url
         return
-    os.environ["GLIMPSE_ELASTIC_FIDELITY"] = "false"
-    with own_server() as server:
+    with own_server(ELASTIC_FIDELITY="false") as server:
         yield server.url
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -64,9 +65,15 @@ def timed() -> dict[str, float]:
                 seconds["answer"] = time.monotonic() - asked
                 seconds["total"] = time.monotonic() - begun
             finally:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(60)
+                stop(process)
     return seconds
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the processes of its session, if they have not ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait(60)
 
 
 def _until_ready(process: subprocess.Popen[bytes], log: Path, ports: Mapping[str, str]) -> dict[str, float]:

@@ -4,7 +4,9 @@
 
 One client measures end-to-end latency: cold (a new image) and follow-up (another question about it). Then 1, 8 and 32
 clients in turn measure requests and tokens per second over several rounds, for whole and for streamed answers. The
-report also has the time to ready and the memory of all processes.
+report also has the time to ready and the memory of all processes. The cache of visual tokens is off: the clients ask
+the same question about each of 32 images again and again, and would measure that cache. The LLM may still reuse a
+prefix.
 """
 
 from __future__ import annotations
@@ -57,10 +59,10 @@ class Server:
 
 
 @contextmanager
-def own_server() -> Iterator[Server]:
-    """Run `glimpse serve` on free ports with the GLIMPSE_ settings of the environment, and stop it at the end.
+def own_server(**settings: str) -> Iterator[Server]:
+    """Run `glimpse serve` on free ports, and stop it at the end. Raises RuntimeError if it does not start.
 
-    Raises RuntimeError if it does not start.
+    Its settings are these, and the others of the environment's GLIMPSE_ variables.
     """
     told = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}
     started = time.monotonic()
@@ -165,7 +167,7 @@ def main() -> None:
     parser.add_argument("--requests", type=count, default=200, help="cold questions to ask with one client")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
-    with own_server() as server:
+    with own_server(VISUAL_CACHE_BYTES="0") as server:
         result = measure(server, arguments.requests)
     tell(result, arguments.out)
 

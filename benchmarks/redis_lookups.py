@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from dataclasses import replace
 import numpy as np
 import uvloop
 
+from benchmarks.ports import free_ports
 from service.cache.keys import FeatureKey
 from service.cache.records import pack, unpack
 from service.cache.redis_tier import RedisLimits, RedisTier
@@ -32,6 +32,7 @@ from service.telemetry.metrics import Metrics
 WIDTHS = {"reference": None, "ViT-B/14": 768, "ViT-g/14": 1408}  # None: the served model's width
 LOOKUPS = 1_000
 BUSY = 16
+START_S = 10.0  # of redis-server
 
 
 def key(number: int) -> FeatureKey:
@@ -45,8 +46,7 @@ def features(card: ModelCard) -> VisionFeatures:
 
 @contextmanager
 def redis_server() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
@@ -57,10 +57,12 @@ def redis_server() -> Iterator[str]:
 
 
 async def measure(name: str, card: ModelCard, url: str) -> None:
+    """Print the times of one model's records. Raises TimeoutError if Redis does not answer."""
     tier = RedisTier(url, RedisLimits(timeout_s=5.0, flight_s=0.001, ttl_s=600.0), card.feature_shapes, Metrics())
     running = asyncio.create_task(tier.run())
-    while tier.breaker.is_open:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(START_S):
+        while tier.breaker.is_open:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     vision = features(card)
     record = pack(key(0), vision)
     print(f"{name}: {len(record) / 1e3:.0f} KB")

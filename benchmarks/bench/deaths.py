@@ -24,7 +24,7 @@ from benchmarks.bench.workloads import Workload
 
 STRAIN = 3.0  # arrivals, in capacities of one gateway with its Triton
 LEAST_S = 60.0
-CROWDS = (16, 200)  # clients that ask again at once when they are refused
+CROWDS = (16, 200)  # clients of a closed loop; a refused one asks again after 50 to 200 ms
 POLL_S = 0.1
 Outage = tuple[float, float]  # seconds since the load began
 

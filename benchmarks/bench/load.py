@@ -2,8 +2,8 @@
 
 It reads a Plan as JSON from standard input and writes every request's Result as JSON to the plan's `out`. Times are
 seconds since the load began. Open loop: a request is sent at its scheduled time, whether or not earlier ones have
-ended, and its latency counts from that time. Closed loop: each client asks again when it gets an answer. No request is
-sent after `duration_s`, and all sent requests are waited for.
+ended, and its latency counts from that time. Closed loop: each client asks again when it gets an answer, and REFUSED_S
+after a refusal. No request is sent after `duration_s`, and all sent requests are waited for.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from service.triton import TritonClient
 EXPIRED = "expired"  # outcome of a request that was admitted, waited in the queue and was dropped there
 WAITED = "waited in the queue"  # in Glimpse's message to such a request, and in no other refusal
 LAG_INTERVAL_S = 0.005
+REFUSED_S = (0.05, 0.2)  # a refused client of a closed loop asks again after so long
 WARM_PAUSES_S = (1.0, 3.0, 10.0)  # pauses after failed attempts of a warm-up request
 
 
@@ -385,7 +386,7 @@ class Load:
                 found = await self._one(ask, self._clock.now())
                 await asyncio.sleep(self.plan.pause_s)
                 if found.outcome not in ("ok", "cancelled"):
-                    await asyncio.sleep(random.uniform(0.05, 0.2))  # a refused client waits before it asks again
+                    await asyncio.sleep(random.uniform(*REFUSED_S))
 
         await asyncio.gather(*(client() for _ in range(clients)))
 

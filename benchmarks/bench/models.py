@@ -64,8 +64,9 @@ def ready(name: str) -> Model:
 
 
 def exporter() -> str:
-    """Return a fingerprint of the exporting code; if it changes, the repository is rebuilt."""
-    sources = sorted([*(PROJECT / "build_engines").glob("*.py"), *(PROJECT / "build_engines" / "model").glob("*.py")])
+    """Return a fingerprint of the code that makes `base`; if it changes, checkpoint and repository are rebuilt."""
+    folders = (PROJECT / "build_engines", PROJECT / "build_engines" / "model", PROJECT / "service" / "core")
+    sources = [Path(__file__), *sorted(source for folder in folders for source in folder.glob("*.py"))]
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.read_bytes())
@@ -79,9 +80,9 @@ def build_base() -> None:
     checkpoint, repository = (path.with_suffix(".part") for path in (BASE.checkpoint, BASE.repository))
     for path in (checkpoint, repository):
         shutil.rmtree(path, ignore_errors=True)
-    if not BASE.checkpoint.exists():
-        save_base(checkpoint)
-        checkpoint.rename(BASE.checkpoint)
+    save_base(checkpoint)
+    shutil.rmtree(BASE.checkpoint, ignore_errors=True)
+    checkpoint.rename(BASE.checkpoint)
     export(BASE.checkpoint, repository)
     shutil.rmtree(BASE.repository, ignore_errors=True)
     repository.rename(BASE.repository)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,9 +168,15 @@ def draw_soak(path: Path, report: Mapping[str, Any]) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{report['title']}; a fifth of the clients hang up", fontsize=9)
+    figure.suptitle(f"{report['title']}; {cancelled_share(runs):.1%} of the requests were cancelled", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def cancelled_share(runs: Sequence[Mapping[str, Any]]) -> float:
+    """Return the share of all requests whose client hung up."""
+    ended = sum((Counter(run["figures"]["outcomes"]) for run in runs), Counter[str]())
+    return ended["cancelled"] / max(ended.total(), 1)
 
 
 def spoken(workload: str) -> str:

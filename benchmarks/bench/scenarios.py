@@ -28,7 +28,7 @@ from benchmarks.bench.load import Arrivals
 from benchmarks.bench.measuring import measure, sample
 from benchmarks.bench.models import BUILD, ready
 from benchmarks.bench.processes import DECODER
-from benchmarks.bench.report import table
+from benchmarks.bench.report import cancelled_share, table
 from benchmarks.bench.side_by_side import Case, Comparison, compare, machine, plan, rounds_of, say
 from benchmarks.bench.summary import Verdict, mixture, pooled_ratio, ratio, slowest, summary
 from benchmarks.bench.systems import SYSTEMS, Running, running, two_gateways
@@ -41,6 +41,8 @@ WARM_UP_IMAGES = 2  # images of the warm-up if a workload needs no known ones
 OVERLOAD_S = 60.0
 STEADY = 5  # the open loop's duration, in durations of another measurement: its p95 needs more requests
 SLICE_S = 30.0  # duration of one workload in the soak
+CALM_S = 5.0  # duration of the measurement of each workload without cancellations, before the soak
+CANCELS = 0.2  # share of the soak's requests whose client may hang up
 SOAK_CLIENTS = 8  # the soak looks for leaks, not speed, so the machine may have other work
 EARLY = 0.25  # first share of the soak, in which memory may grow
 SETTLE_S = 15.0
@@ -383,18 +385,26 @@ def share_of_best(by_case: Mapping[str, float | None], case: str) -> float | Non
 
 
 def soak(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
-    """Run every workload in turn for a long time while a fifth of the clients hang up; then look for leaks.
+    """Run every workload in turn for a long time while clients hang up; then look for leaks.
 
-    The caches are small, so they are full within the first minutes. Memory that grows later is a leak.
+    A fifth of the requests may be cancelled, at a random moment of the median time of an answer, which is measured
+    first. Some answers are faster than that; the report tells the share that was cancelled. The caches are small, so
+    they are full within the first minutes. Memory that grows later is a leak.
     """
     measured_model = ready(model)
     shapes = ("mixed", "cold", "repeat", "follow_up")
     slices = max(len(shapes), round(seconds / SLICE_S))
     runs, marks = [], []
+    takes_s: dict[str, float] = {}  # an answer, by workload
     small = replace(SYSTEMS["glimpse"], settings=dict.fromkeys(CACHES, str(32 << 20)))
     with running(small, measured_model, BUILD / "logs" / f"soak_{model}") as up:
         for number in range(slices):
-            workload = Workload(shapes[number % len(shapes)], cancels=0.2, cancel_within_s=measured_model.slo_s / 2)
+            shape = shapes[number % len(shapes)]
+            if shape not in takes_s:
+                calm = Case(Workload(shape), Arrivals(clients=SOAK_CLIENTS), min(CALM_S, seconds / slices))
+                measured = measure(up, plan(calm, measured_model, slices + number + 1))
+                takes_s[shape] = median_s(measured.results)
+            workload = Workload(shape, cancels=CANCELS, cancel_within_s=takes_s[shape])
             case = Case(workload, Arrivals(clients=SOAK_CLIENTS), seconds / slices)
             measured = measure(up, plan(case, measured_model, number + 1))
             figures = summary(measured, measured_model.slo_s)
@@ -414,8 +424,19 @@ def soak(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
     promises.append(Verdict("requests that failed", sum(failed.values()), 0, False, f"{failed} of {ended.total()}"))
     held = sum(marks[-1]["held"].values())
     promises.append(Verdict("reservations left", held, 0, False, f"{marks[-1]['held']}"))
-    found = report(f"{measured_model.title}: {seconds / 60:.0f} minutes of every workload in turn", model, promises)
+    share = cancelled_share(runs)
+    promises.append(Verdict("share of cancelled requests", share, CANCELS / 2, True))
+    title = f"{measured_model.title}: {seconds / 60:.0f} minutes of every workload in turn"
+    found = report(title, model, promises) | {"answer_takes_s": takes_s, "cancelled": share}
     return found | {"table": table(runs), "runs": runs, "marks": marks, "slice_s": seconds / slices}
+
+
+def median_s(results: Sequence[dict[str, Any]]) -> float:
+    """Return the median time of an answer. Raises RuntimeError if nothing was answered."""
+    took_s = [each["end"] - each["sent"] for each in results if each["outcome"] == "ok"]
+    if not took_s:
+        raise RuntimeError("nothing was answered, so it is not known when clients should hang up")
+    return statistics.median(took_s)
 
 
 @dataclass(frozen=True, slots=True)

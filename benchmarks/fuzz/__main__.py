@@ -11,8 +11,9 @@
     python -m benchmarks.fuzz --replay build/fuzz/1_4711.http
 
 No answer may be a 5xx, take over 5 s or break the shape of errors; no process may die but a decoder at its limit of CPU
-time; memory may grow by 2 % after the first 1,000 requests. A refusal for overload is tried again. A request that fails
-is kept in build/fuzz with its seed and number. Exit status 1 if anything failed.
+time; memory may grow by 2 % after the first 1,000 requests, which is checked if there are 3,000 or more. A refusal for
+overload is tried again. A request that fails is kept in build/fuzz with its seed and number. Exit status 1 if anything
+failed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from benchmarks.bench.models import PROJECT, REFERENCE
 from benchmarks.bench.systems import System, running
 from benchmarks.figures import tell
 from benchmarks.fuzz import bodies, clips, cost, decoders, images, schema
-from benchmarks.fuzz.campaign import Campaign, Make, Target, report_of, run
+from benchmarks.fuzz.campaign import Campaign, Make, Target, memory_unchecked, report_of, run
 from benchmarks.fuzz.pictures import files
 from benchmarks.fuzz.sending import Mutant, request, send
 from benchmarks.guesses import make_keys
@@ -158,6 +159,8 @@ def main() -> int:
         report = uvloop.run(replay(Mutant(told.replay.read_bytes(), tuple(kept["done"]), kept["is_whole"])))
     elif told.kind in ("images", "clips", "bodies"):
         report = uvloop.run(mutants(told.kind, told.seed, told.count, told.connections))
+        if unchecked := memory_unchecked(told.count):
+            sys.stderr.write(f"\n{unchecked}\n")
     elif told.kind == "decoders":
         report = asyncio.run(decoders.run(told.seed, told.count, FOLDER))
     elif told.kind == "cost":

@@ -20,6 +20,7 @@ from benchmarks.fuzz.sending import Mutant, Outcome, send_patiently
 
 SETTLED = 1000  # requests after which memory is compared
 SAMPLE_EVERY = 250  # requests
+LEAST_SAMPLES = 8  # of memory, after SETTLED
 MAX_GROWTH = 0.02
 SIGPROF = -27  # the status of a decoder that passed its limit of CPU time
 
@@ -121,7 +122,7 @@ def grown(samples: list[tuple[int, dict[str, int]]]) -> list[str]:
 def growth_of(samples: list[tuple[int, dict[str, int]]], since: int = SETTLED) -> dict[str, float]:
     """By role, the share by which memory has grown since so many requests; empty for a short campaign."""
     later = [held for done, held in samples if done > since]
-    if len(later) < 8:
+    if len(later) < LEAST_SAMPLES:
         return {}
     first, last = later[:4], later[-4:]
     return {
@@ -129,6 +130,12 @@ def growth_of(samples: list[tuple[int, dict[str, int]]], since: int = SETTLED) -
         for role in first[0]
         if all(role in held for held in (*first, *last))
     }
+
+
+def memory_unchecked(count: int) -> str:
+    """Say that a campaign is too short for the limit on memory; empty if it is not."""
+    least = SETTLED + LEAST_SAMPLES * SAMPLE_EVERY
+    return f"memory not checked: that takes {least:,} requests or more" if count < least else ""
 
 
 def dead(before: list[Process], after: list[Process]) -> list[str]:
@@ -165,6 +172,7 @@ def report_of(campaign: Campaign, count: int, wrong: list[str], target: Target) 
         "slowest_answer_s": round(campaign.slowest_s, 2),
         "decoders_ended": dict(ends),
         f"memory_growth_since_{SETTLED}": _rounded(growth_of(campaign.memory)),
+        "memory_checked": not memory_unchecked(count),
         "memory_growth_of_the_second_half": _rounded(growth_of(campaign.memory, count // 2)),
         "memory_mb": [
             [done, {role: round(held / 1e6, 1) for role, held in by_role.items()}]

@@ -5,14 +5,15 @@
 
 On each axis every other size stays at its base: one client, one image of 224x224 pixels whose features are known, a
 question of 6 tokens, an answer of 8, no earlier turns, no tenant. Sizes have geometric steps. The points of an axis are
-visited in rounds, each in another random order. A point lasts some seconds, at least 10 answers and at least one answer
-a client, after the first answer of each client.
+visited in rounds, each in another random order. A point begins after the first answer of each client. It lasts some
+seconds, at least 10 answers and at least one answer of each client. Every request sent in it is waited for.
 
 An order is the slope of log(cost) against log(size) over the upper half of the sizes: 0 is constant, 1 is linear. Its
-95 % interval is a bootstrap over the rounds. Latencies, and what one request takes of its own sizes, may grow as the
-size does. CPU time of a request against clients, and everything against entries and tenants, must not grow. A cost
-grows faster than its cause if its slope is above 1.15 and the interval above 1; above 0.35 and 0 where it must not
-grow. The last line names the axes that have such a cost, and the exit status is 1.
+95 % interval is a bootstrap over the rounds; fewer than five rounds have the range of their slopes. Latencies, and what
+one request takes of its own sizes, may grow as the size does. CPU time of a request against clients, and everything
+against entries and tenants, must not grow. A cost grows faster than its cause if its slope is above 1.15 and the
+interval above 1; above 0.35 and 0 where it must not grow. The last line names the axes that have such a cost, and the
+exit status is 1.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                         help="and a picture of the same name [build/bench/growth.json]")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.rounds < 2:
-        parser.error("--rounds must be at least 2: an interval needs several rounds")
+        parser.error("--rounds must be at least 2: a range needs several rounds")
     return options
 
 

@@ -47,11 +47,17 @@ def summary(curve: Curve, found: Found) -> dict[str, Any]:
 def told(order: Order, cause: int) -> dict[str, Any]:
     return {
         "slope": order.slope,
-        "interval_95": [order.low, order.high],
+        "range_of_rounds" if order.is_range else "interval_95": [order.low, order.high],
         "word": order.word,
         "cause": "constant" if cause == 0 else "linear",
         "faster_than_its_cause": order.is_faster_than(cause),
     }
+
+
+def spread(order: Mapping[str, Any]) -> Sequence[float]:
+    """Return the ends of the slope's interval, or of the range of few rounds."""
+    found: Sequence[float] = order.get("interval_95") or order["range_of_rounds"]
+    return found
 
 
 def rounded(value: float) -> float:
@@ -68,10 +74,10 @@ def faster(curves: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def text(curves: Sequence[Mapping[str, Any]]) -> str:
     """Format the report for the terminal. The last line is the verdict."""
-    lines = [f"{'axis':16} {'curve':38} {'cost':15} {'smallest':>9} {'largest':>9} {'slope':>7}  95 % interval, order"]
+    lines = [f"{'axis':16} {'curve':38} {'cost':15} {'smallest':>9} {'largest':>9} {'slope':>7}  interval, order"]
     for curve in curves:
         for name, order in curve["order"].items():
-            costs, (low, high) = curve["median"][name], order["interval_95"]
+            costs, (low, high) = curve["median"][name], spread(order)
             mark = " FASTER THAN ITS CAUSE" if order["faster_than_its_cause"] else ""
             lines.append(
                 f"{curve['axis']:16} {curve['name']:38} {name:15} {costs[0]:9.4g} {costs[-1]:9.4g} "
@@ -154,7 +160,7 @@ def write_numbers(*axes: Any) -> None:
 
 def label(curve: Mapping[str, Any], cost: str) -> str:
     order = curve["order"][cost]
-    low, high = order["interval_95"]
+    low, high = spread(order)
     return f"{curve['name']}: p95 {order['word']} ({low:.2f} to {high:.2f})"
 
 

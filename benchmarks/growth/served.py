@@ -91,42 +91,66 @@ class Served(Curve):
 
 
 class Window:
-    """Measure from the moment when every client has had an answer, for some seconds and LEAST answers or one a client.
+    """Measure from the moment when every client has had an answer: the first wave waits less than the later ones.
 
-    So the first wave of many clients does not count, which waits less than the later ones.
+    It closes after some seconds, once LEAST requests sent in it are answered, and one of each client; at the latest
+    TIMEOUT_S later. CPU time and answers count until then. Latencies are those of all requests sent in it: they are
+    waited for under the same load, for TIMEOUT_S at most.
     """
 
     def __init__(self, system: Running, clients: int, seconds: float) -> None:
-        self.is_closed = False
         self._system = system
-        self._waiting = set(range(clients))
         self._seconds = seconds
-        self._least = max(LEAST, clients)
-        self._opened_at = 0.0
+        self._new = set(range(clients))  # clients without an answer
+        self._due = set(range(clients))  # clients without an answer to a request that they sent in the window
+        self._sent: dict[int, float] = {}  # by client: when it sent its request of the window that is not answered
+        self._opened_at = self._closed_at = 0.0
         self._before: list[Process] = []
         self._took_s: list[float] = []
-        self._refusals = 0
-        self._figures: Figures = {}
+        self._answers = self._refusals = 0
+        self._spent: Figures = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has closed, and every request sent in it is answered or has timed out."""
+        is_late = time.perf_counter() > self._closed_at + TIMEOUT_S
+        return bool(self._closed_at) and (not self._sent or is_late)
+
+    def _is_open(self) -> bool:
+        return not self._new and not self._closed_at
+
+    def sent(self, client: int) -> None:
+        if self._is_open():
+            self._sent[client] = time.perf_counter()
 
     def refused(self) -> None:
-        self._refusals += not self._waiting
+        if self._is_open():
+            self._refusals += 1
+            self._close_if_done()
 
-    def answered(self, client: int, asked_at: float) -> None:
+    def answered(self, client: int) -> None:
+        if client in self._new:
+            self._new.discard(client)
+            if not self._new:
+                self._opened_at, self._before = time.perf_counter(), self._system.processes()
+            return
+        if client in self._sent:
+            self._took_s.append(time.perf_counter() - self._sent.pop(client))
+            self._due.discard(client)
+        if self._is_open():
+            self._answers += 1
+            self._close_if_done()
+
+    def _close_if_done(self) -> None:
         now = time.perf_counter()
-        if self.is_closed:
-            return
-        if self._waiting:
-            self._waiting.discard(client)
-            if not self._waiting:
-                self._opened_at, self._before = now, self._system.processes()
-            return
-        self._took_s.append(now - asked_at)
-        if now - self._opened_at >= self._seconds and len(self._took_s) >= self._least:
-            self.is_closed = True
-            self._figures = self._measured(now - self._opened_at)
+        lasted_s = now - self._opened_at
+        has_all = len(self._took_s) >= LEAST and not self._due
+        if lasted_s >= self._seconds and (has_all or lasted_s >= self._seconds + TIMEOUT_S):
+            self._closed_at = now
+            self._spent = self._spent_in(lasted_s)
 
-    def _measured(self, seconds: float) -> Figures:
-        answers = len(self._took_s)
+    def _spent_in(self, seconds: float) -> Figures:
+        answers = max(self._answers, 1)
         spent = cpu_by_role(self._before, self._system.processes())
         own = sum(cpu_s for role, cpu_s in spent.items() if role in GATEWAY)
 
@@ -134,8 +158,6 @@ class Window:
             return max(cpu_s, 0.5 / TICKS) * 1e3 / answers  # less than a tick of the kernel counts as half of one
 
         return {
-            "p50_ms": percentile(self._took_s, 0.5) * 1e3,
-            "p95_ms": percentile(self._took_s, 0.95) * 1e3,
             "gateway_cpu_ms": a_request_ms(own),
             "triton_cpu_ms": a_request_ms(sum(spent.values()) - own),
             "answers_per_s": answers / seconds,
@@ -144,7 +166,11 @@ class Window:
         }
 
     def figures(self) -> Figures:
-        return self._figures
+        """Return the figures. A request that has timed out counts with the time for which it was waited for."""
+        now = time.perf_counter()
+        took_s = [*self._took_s, *(now - sent_at for sent_at in self._sent.values())]
+        latencies = {"p50_ms": percentile(took_s, 0.5) * 1e3, "p95_ms": percentile(took_s, 0.95) * 1e3}
+        return latencies | dict(self._spent) | {"unanswered": float(len(self._sent))}
 
 
 class Asker:
@@ -175,13 +201,13 @@ class Asker:
 
         async def client(number: int) -> None:
             await asyncio.sleep(number * APART_S)
-            while not window.is_closed:
+            while not window.is_over:
                 ask = load.make()
-                asked_at = time.perf_counter()
-                while not window.is_closed:
+                window.sent(number)
+                while not window.is_over:
                     try:
                         await self.answer(ask)
-                        window.answered(number, asked_at)
+                        window.answered(number)
                         break
                     except Refused:
                         window.refused()

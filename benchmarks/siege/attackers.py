@@ -1,8 +1,8 @@
 """The hostile callers, in a process of their own: `python -m benchmarks.siege.attackers`.
 
-It reads an Attack as JSON from standard input, says `begun` when every caller has called once, goes on until standard
-input ends, and then writes what became of the connections as JSON. An attacker whose connection ends opens another one
-after a pause.
+It reads an Attack as JSON from standard input, says `begun` when every caller has connected once, goes on until
+standard input ends, and then writes what became of the connections as JSON. An attacker whose connection ends opens
+another one after a pause.
 """
 
 from __future__ import annotations
@@ -144,32 +144,35 @@ def kinds(attack: Attack) -> dict[str, tuple[int, Callable[[], Iterator[tuple[fl
 
 
 async def run(attack: Attack, begun: Callable[[], None], stop: asyncio.Event) -> dict[str, object]:
-    """Attack until `stop` is set; call `begun` when every caller has called once. Returns tallies by kind."""
+    """Attack until `stop` is set; call `begun` when every caller has connected once or failed to. Returns tallies."""
     tallies: dict[str, Tally] = {}
-    waiting, most_open = attack.connections, 0
+    waiting, most_open = set(range(attack.connections)), 0  # callers that have not connected yet
     loop = asyncio.get_running_loop()
 
-    async def call(tally: Tally, say: Callable[[], Iterator[tuple[float, bytes]]], reads: bool, source: str) -> None:
+    async def call(number: int, tally: Tally, say: Callable[[], Iterator[tuple[float, bytes]]], reads: bool) -> None:
         """One connection, until it ends."""
         try:
             transport, made = await loop.create_connection(
-                lambda: Caller(tally, say(), reads), attack.host, attack.port, local_addr=(source, 0)
+                lambda: Caller(tally, say(), reads),
+                attack.host,
+                attack.port,
+                local_addr=(SOURCES[number % len(SOURCES)], 0),
             )
         except OSError:
             tally.failed_to_open += 1
             return
+        finally:
+            waiting.discard(number)
         try:
             await made.ended
             tally.ended_by_service += 1
         finally:
             transport.abort()
 
-    async def caller(tally: Tally, say: Callable[[], Iterator[tuple[float, bytes]]], reads: bool, source: str) -> None:
-        nonlocal waiting
+    async def caller(number: int, tally: Tally, say: Callable[[], Iterator[tuple[float, bytes]]], reads: bool) -> None:
         await asyncio.sleep(random.uniform(0, attack.ramp_s))
-        waiting -= 1
         while True:
-            await call(tally, say, reads, source)
+            await call(number, tally, say, reads)
             await asyncio.sleep(PAUSE_S)
 
     async def watch() -> None:
@@ -185,8 +188,8 @@ async def run(attack: Attack, begun: Callable[[], None], stop: asyncio.Event) ->
     callers = []
     for name, (count, say, reads) in kinds(attack).items():
         tallies[name] = Tally()
-        for number in range(count):
-            callers.append(asyncio.create_task(caller(tallies[name], say, reads, SOURCES[number % len(SOURCES)])))
+        for _ in range(count):
+            callers.append(asyncio.create_task(caller(len(callers), tallies[name], say, reads)))
     await watch()
     for task in callers:
         task.cancel()

@@ -32,6 +32,7 @@ FOLDERS = {split: Path(__file__).parent / split for split in (CLIPS, SEVERAL)}
 FRAMES = (4, 8, 16, 32)  # of a clip, each asked in turn
 TRAINED_FRAMES = 8  # of the reference model's clips, with which the other numbers are compared
 Z_95 = 1.959964  # standard normal quantile of 0.975
+FINGERPRINTS = ("fingerprint", "visual_fingerprint")  # of the model's weights
 NOT_IN_TOTAL = "describe"  # answers of many words are reported separately
 
 
@@ -63,6 +64,7 @@ class Outcome:
     row: Row
     answer: str
     vision_tokens: int
+    reduced: bool = False  # looked less closely than asked, because of load
 
     @property
     def right(self) -> bool:
@@ -114,7 +116,8 @@ def ask_all(
         response = client.post("/v1/vqa", json=body)
         response.raise_for_status()
         said = response.json()
-        return Outcome(row, said["answer"], said["vision"]["vision_tokens"])
+        vision = said["vision"]
+        return Outcome(row, said["answer"], vision["vision_tokens"], vision.get("reduced", False))
 
     with ThreadPoolExecutor(clients) as pool:
         yield from pool.map(ask, questions)
@@ -192,7 +195,7 @@ def evaluate(
     """
     asked = {"budget": budget, "detail": detail, "fit": fit}
     fields = {name: value for name, value in asked.items() if value}
-    model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+    model = client.get("/v1/models").raise_for_status().json()["data"][0]
     questions = rows(scenes, split)
     clips = [row for row in questions if row.clip]
     outcomes = list(ask_all(client, scenes, [row for row in questions if not row.clip], fields, clients))
@@ -204,12 +207,15 @@ def evaluate(
         outcomes += [replace(one, row=replace(one.row, split=f"{one.row.split}, {number} frames")) for one in found]
     table, differences = summarise(outcomes), compare_frames(by_frames)
     print(as_markdown(table))
+    if reduced := sum(one.reduced for one in outcomes):
+        print(f"{reduced} of {len(outcomes)} answers are reduced, because the service was busy: ask with fewer clients")
     for number, difference in differences.items():
         told = "{value:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference)
         print(f"{number} frames minus {TRAINED_FRAMES}: {told}")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"model": model, "asked": fields, "accuracy": table}
+        report = {"model": model["id"]} | {name: model.get(name) for name in FINGERPRINTS}
+        report |= {"asked": fields, "answers": len(outcomes), "reduced_by_load": reduced, "accuracy": table}
         report |= {f"minus_{TRAINED_FRAMES}_frames": differences} if differences else {}
         out.write_text(json.dumps(report, indent=2) + "\n")
     return table

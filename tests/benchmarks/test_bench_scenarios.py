@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from benchmarks.bench.load import Arrivals
+from benchmarks.bench.report import cancelled_share
 from benchmarks.bench.scenarios import (
     Promises,
     capacity_of,
     encoded,
     goodput,
+    median_s,
     percentile,
     right,
     share_of_best,
@@ -73,6 +75,15 @@ def test_one_encode_is_neither_more_nor_none_nor_unknown():
     assert encoded('x 1\nnv_inference_count{model="vision_encoder",version="1"} 7\n') == 7
     with pytest.raises(RuntimeError, match="nv_inference_count"):
         encoded('nv_inference_count{model="llm",version="1"} 7\n')
+
+
+def test_clients_hang_up_within_the_time_of_an_answer_and_their_share_is_told():
+    ended = [{"outcome": "ok", "sent": at, "end": at + took} for at, took in ((0.0, 0.1), (1.0, 0.3), (2.0, 0.2))]
+    assert median_s([*ended, {"outcome": "saturated", "sent": 0.0, "end": 9.0}]) == pytest.approx(0.2)
+    with pytest.raises(RuntimeError, match="nothing was answered"):
+        median_s(ended[:0])
+    runs = [{"figures": {"outcomes": each}} for each in ({"ok": 7, "cancelled": 1}, {"ok": 1, "cancelled": 1})]
+    assert cancelled_share(runs) == 0.2
 
 
 def test_a_share_of_the_best_needs_every_case():

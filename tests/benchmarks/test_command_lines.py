@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import ablate, confidence, figures, fleet, simulate
+from benchmarks import ablate, confidence, figures, first_answer, fleet, latency, simulate
 from benchmarks.ablation import costs
 from benchmarks.arguments import above_zero, count
 from benchmarks.bench import __main__ as bench
@@ -115,6 +116,29 @@ def test_a_report_names_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_quick_try_does_not_replace_a_published_report(parsed: Callable[[list[str]], argparse.Namespace], quick: str):
     assert parsed(quick.split()).out.is_relative_to(BUILD)
     assert parsed(["--out", "benchmarks/results/x"]).out == Path("benchmarks/results/x")
+
+
+def test_throughput_is_not_that_of_the_cache_of_visual_tokens(monkeypatch: pytest.MonkeyPatch):
+    """The clients of benchmarks.latency repeat their questions."""
+    told: dict[str, str] = {}
+
+    def gateway(model: object, folder: Path, settings: dict[str, str]) -> None:
+        told.update(settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(latency, "gateway", gateway)
+    monkeypatch.setattr(sys, "argv", ["latency"])
+    monkeypatch.setenv("GLIMPSE_LLM_TOKENS", "7")
+    with pytest.raises(KeyboardInterrupt):
+        latency.main()
+    assert (told["VISUAL_CACHE_BYTES"], told["LLM_TOKENS"]) == ("0", "7")
+
+
+def test_a_server_that_ended_is_not_stopped_again():
+    """Else its own error would be hidden."""
+    with subprocess.Popen(["true"], start_new_session=True) as process:
+        process.wait()
+        first_answer.stop(process)
 
 
 def test_the_allocators_share_when_served_is_read_beside_the_report(tmp_path: Path):

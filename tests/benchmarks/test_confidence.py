@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.confidence import Said, Table, calibration_error, errors_gone, found_auroc
+from benchmarks.confidence import Said, Table, calibration_error, errors_gone, found_auroc, pictures
 from build_engines.calibration.asking import Task
 
 
@@ -34,3 +34,12 @@ def test_an_interval_draws_images_and_holds_the_value():
     table = Table([said(0.7, index % 10 < 7, image=index // 4) for index in range(400)])
     found = table.resampled(lambda drawn: float(drawn.right.mean()))
     assert found["low"] < found["value"] == 0.7 < found["high"]
+
+
+def test_every_image_has_a_number_of_its_own():
+    files: dict[int, set[bytes]] = {}
+    for picture in pictures(2):
+        for task in picture.tasks:
+            files.setdefault(task.image, set()).add(picture.data)
+    assert len(files) == 7  # two of each of three splits, and one of another renderer
+    assert {len(each) for each in files.values()} == {1}

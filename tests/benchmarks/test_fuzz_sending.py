@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.bench.http_client import Response
 from benchmarks.bench.processes import Process
-from benchmarks.fuzz.campaign import Campaign, dead, faults_in, grown
+from benchmarks.fuzz.campaign import Campaign, dead, faults_in, grown, memory_unchecked
 from benchmarks.fuzz.sending import HANG_S, Mutant, Outcome, judge, request
 
 MUTANT = Mutant(request("/v1/vqa", b"{}", "application/json"), ("JSON",))
@@ -72,6 +72,14 @@ def test_memory_may_not_grow_after_the_first_thousand():
     early = [(done, {"gateway": min(done, 1250)}) for done in range(250, 5001, 250)]
     assert grown(early) == []
     assert grown(growing[:8]) == []  # too short to tell
+
+
+def test_a_campaign_that_is_too_short_says_that_memory_was_not_checked():
+    for count in (2750, 2999, 3000):
+        done = range(250, count + 1, 250)
+        growing = [(each, {"gateway": each}) for each in done]
+        assert bool(grown(growing)) is not bool(memory_unchecked(count))
+    assert memory_unchecked(1000) == "memory not checked: that takes 3,000 requests or more"
 
 
 def test_what_fails_is_kept_to_be_sent_again(tmp_path):

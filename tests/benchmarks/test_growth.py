@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -77,6 +78,19 @@ def test_rounds_that_are_slow_as_a_whole_do_not_widen_the_interval():
 def test_a_cost_grows_faster_than_its_cause_only_beyond_the_margin_and_the_interval(order, of_the_size, of_nothing):
     assert order.is_faster_than(1) is of_the_size
     assert order.is_faster_than(0) is of_nothing
+
+
+def test_few_rounds_have_the_range_of_their_slopes_and_no_interval():
+    rounds = [[float(size), float(size) ** 1.5] for size in SIZES]
+    order = fitted(SIZES, rounds)
+    assert (order.low, order.high, order.is_range) == (1.0, 1.5, True)
+    assert order.low < order.slope < order.high
+    assert not fitted(SIZES, costs(1.0)).is_range
+    figures = {size: [{"p95_ms": cost} for cost in each] for size, each in zip(SIZES, rounds, strict=True)}
+    told = summary(curve(), figures)
+    assert told["order"]["p95_ms"]["range_of_rounds"] == [1.0, 1.5]
+    assert "interval_95" not in told["order"]["p95_ms"]
+    assert "1.00 to 1.50" in text([told])
 
 
 def test_an_interval_that_allows_more_than_one_order_is_told_as_such():
@@ -196,9 +210,9 @@ async def test_a_small_run_tells_what_a_gateway_costs(
                    load=lambda asker, size: follow_ups(asker, turns=size, clients=2))  # fmt: skip
     found = await served.measure(system, [asked], 2, seconds=0.05, seed=gateway.process.pid)
     told = summary(asked, found[asked.key])
-    assert json.loads(json.dumps(told))["order"]["p95_ms"]["interval_95"]
+    assert json.loads(json.dumps(told))["order"]["p95_ms"]["range_of_rounds"]
     refusals = told["median"].pop("refusals_an_answer")
-    assert refusals == [0.0, 0.0]
+    assert refusals == told["median"].pop("unanswered") == [0.0, 0.0]
     assert all(cost > 0 for costs in told["median"].values() for cost in costs)
     assert told["median"]["p50_ms"][0] <= told["median"]["p95_ms"][0]
 
@@ -238,6 +252,29 @@ async def test_a_refused_client_asks_again_and_its_refusals_are_told(tmp_path: P
     assert asker.tries == 8  # four answers, of which the first is not measured
     assert figures["refusals_an_answer"] == 1.0
     assert figures["p50_ms"] >= 20  # from the first try
+
+
+async def test_every_client_is_measured_and_every_request_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A slow client counts, even if a fast one alone would fill the window."""
+    monkeypatch.setattr(served, "LEAST", 3)
+    window = served.Window(Running("glimpse", ("http://127.0.0.1:1",), (os.getpid(),), tmp_path), 2, seconds=0.0)
+    answers = []
+
+    async def client(number: int, takes_s: float) -> None:
+        while not window.is_over:
+            window.sent(number)
+            await asyncio.sleep(takes_s)
+            window.answered(number)
+            answers.append(number)
+
+    await asyncio.gather(client(0, 0.2), client(1, 0.002))
+    figures = window.figures()
+    assert figures["unanswered"] == 0
+    assert figures["p50_ms"] < 100
+    assert set(answers[-2:]) == {0, 1}  # the fast one goes on until the slow one's request is answered
+    assert figures["answers_per_s"] * figures["ms_an_answer"] == pytest.approx(1e3)
 
 
 async def test_an_answer_that_is_not_what_is_measured_ends_the_run(gateway: Gateway, tmp_path: Path):

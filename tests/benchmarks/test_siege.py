@@ -53,6 +53,33 @@ def test_others_send_whole_requests(name):
     assert said_by(name, 9).endswith(b"\r\n\r\n")
 
 
+async def test_an_attack_has_begun_when_every_caller_has_connected():
+    """Not when they start to: the first answer to the connection is awaited."""
+    idle, accepted = 20, 0
+    begun, stop = asyncio.Event(), asyncio.Event()
+    loop, connect = asyncio.get_running_loop(), asyncio.get_running_loop().create_connection
+
+    async def slowly(*args: object, **options: object) -> object:
+        nonlocal accepted
+        await asyncio.sleep(0.7)
+        accepted += 1
+        return await connect(*args, **options)
+
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    loop.create_connection = slowly
+    try:
+        attack = Attack("127.0.0.1", port, **(NOBODY | {"idle": idle}), ramp_s=0.0)
+        besieging = asyncio.create_task(attackers.run(attack, begun.set, stop))
+        await asyncio.wait_for(begun.wait(), 30)
+        assert accepted == idle
+        stop.set()
+        await besieging
+    finally:
+        del loop.create_connection
+        server.close()
+
+
 async def test_a_small_siege_leaves_honest_clients_alone(gateway: Gateway):
     url = urlsplit(gateway.url)
     few = {"idle": 60, "half_heads": 20, "endless_heads": 4, "deaf": 2, "announcers": 2, "scan_bombs": 1}

@@ -88,10 +88,13 @@ class Service:
 
     def respond(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
-            return httpx.Response(200, json={"data": [{"id": "reference"}]})
+            return httpx.Response(
+                200, json={"data": [{"id": "reference", "fingerprint": "ab", "visual_fingerprint": "cd"}]}
+            )
         body = json.loads(request.content)
         self.bodies.append(body)
-        return httpx.Response(200, json={"answer": self.say(body), "vision": {"vision_tokens": 200}})
+        vision = {"vision_tokens": 200, "reduced": body["question"] == "what came?"}
+        return httpx.Response(200, json={"answer": self.say(body), "vision": vision})
 
 
 @pytest.fixture
@@ -126,10 +129,14 @@ def test_clips_are_asked_with_each_number_of_frames(folder: Path, tmp_path: Path
     assert table["clips, 8 frames"]["moved"]["majority"] == 0.5
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["accuracy"] == table
+    assert (report["model"], report["fingerprint"], report["visual_fingerprint"]) == ("reference", "ab", "cd")
+    assert (report["answers"], report["reduced_by_load"]) == (12, 4)
     assert set(report["minus_8_frames"]) == {"4", "16", "32"}
     assert report["minus_8_frames"]["4"] | {"low": 0, "high": 0} == {"value": -0.6667, "low": 0, "high": 0}
     assert report["minus_8_frames"]["32"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert "4 frames minus 8: -0.667 (-1.000 to -0.500)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 frames minus 8: -0.667 (-1.000 to -0.500)" in said
+    assert "4 of 12 answers are reduced" in said
 
 
 def test_several_images_are_asked_in_their_order(folder: Path, tmp_path: Path):

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.ablation.plan import Plan
-from benchmarks.bench.models import BUILD
 from benchmarks.figures import commit
 
 
@@ -49,7 +48,7 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=BUILD,
+        default=plan.out,
         help="folder of ablation.json and ablation.png, and of benchmarks.stages' stages.json (default: build/bench)",
     )
     return parser.parse_args(given)
@@ -57,7 +56,7 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
 
 def main(given: list[str] | None = None) -> None:
     asked = parsed(given)
-    plan = Plan(asked.checkpoint, asked.repository, asked.kept, asked.scenes, asked.small_print, asked.timed)
+    plan = Plan(asked.checkpoint, asked.repository, asked.kept, asked.scenes, asked.small_print, asked.timed, asked.out)
     if asked.quick:
         plan = replace(plan, scenes=6, small_print=6, timed=5)
 
@@ -69,7 +68,7 @@ def main(given: list[str] | None = None) -> None:
         (asked.out / "rivals.json").write_text(json.dumps(beside, indent=1) + "\n")
         print(rivals.table(beside))
         return
-    told = {"commit": commit()} | measuring.measure(plan, asked.out)
+    told = {"commit": commit()} | measuring.measure(plan)
     (asked.out / "ablation.json").write_text(json.dumps(told, indent=1) + "\n")
     plots.page(told, asked.out / "ablation.png")
     print(json.dumps(told["verdict"], indent=2))

@@ -66,7 +66,7 @@ def own_server(**settings: str) -> Iterator[Server]:
     """
     told = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}
     started = time.monotonic()
-    with TemporaryDirectory() as folder, gateway(REFERENCE, Path(folder), told) as running:
+    with TemporaryDirectory() as folder, gateway(REFERENCE, Path(folder), told | settings) as running:
         yield Server(running, time.monotonic() - started)
 
 

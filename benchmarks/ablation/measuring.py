@@ -117,8 +117,7 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def measure(plan: Plan, out: Path) -> Json:
-    """Measure all arms -> the report. `out` holds the report of `benchmarks.stages`, if there is one."""
+def measure(plan: Plan) -> Json:
     ablation = Ablation(plan)
     comparisons, shown = ablation.comparisons()
     for arm in arms.curves(ablation.closer_view):
@@ -140,7 +139,7 @@ def measure(plan: Plan, out: Path) -> Json:
         "scenes": {split: scenes.number for split, scenes in ablation.scenes.items()},
         "first_scene": FIRST,
         "questions": {split: len(exam.asked) for split, exam in ablation.exams.items()},
-        "verdict": report.verdict(comparisons, compact.tokens, spent, peak, costs.shares(cost, out)),
+        "verdict": report.verdict(comparisons, compact.tokens, spent, peak, costs.shares(cost, plan.out)),
         "comparisons": comparisons,
         "shown": shown,
         "spending": spent,

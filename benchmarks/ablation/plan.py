@@ -21,6 +21,7 @@ class Plan:
     scenes: int = 1000  # of the training world
     small_print: int = 200
     timed: int = 200  # runs of each exported graph
+    out: Path = PROJECT / "build" / "bench"  # folder of the report, and of that of benchmarks.stages
 
     @property
     def command(self) -> str:

@@ -54,7 +54,7 @@ def test_others_send_whole_requests(name):
 
 
 async def test_an_attack_has_begun_when_every_caller_has_connected():
-    """Not when they start to: the first answer to the connection is awaited."""
+    """Not when they begin to connect."""
     idle, accepted = 20, 0
     begun, stop = asyncio.Event(), asyncio.Event()
     loop, connect = asyncio.get_running_loop(), asyncio.get_running_loop().create_connection
@@ -65,7 +65,7 @@ async def test_an_attack_has_begun_when_every_caller_has_connected():
         accepted += 1
         return await connect(*args, **options)
 
-    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     loop.create_connection = slowly
     try:

@@ -32,7 +32,7 @@ from benchmarks.bench.report import cancelled_share, table
 from benchmarks.bench.side_by_side import Case, Comparison, compare, machine, plan, rounds_of, say
 from benchmarks.bench.summary import Verdict, mixture, pooled_ratio, ratio, slowest, summary
 from benchmarks.bench.systems import SYSTEMS, Running, running, two_gateways
-from benchmarks.bench.workloads import Workload
+from benchmarks.bench.workloads import Shape, Workload
 from service.core.card import ModelCard
 
 CLIENTS = 16
@@ -392,7 +392,7 @@ def soak(model: str, seconds: float, _rounds: int) -> dict[str, Any]:
     they are full within the first minutes. Memory that grows later is a leak.
     """
     measured_model = ready(model)
-    shapes = ("mixed", "cold", "repeat", "follow_up")
+    shapes: tuple[Shape, ...] = ("mixed", "cold", "repeat", "follow_up")
     slices = max(len(shapes), round(seconds / SLICE_S))
     runs, marks = [], []
     takes_s: dict[str, float] = {}  # an answer, by workload
@@ -436,7 +436,7 @@ def median_s(results: Sequence[dict[str, Any]]) -> float:
     took_s = [each["end"] - each["sent"] for each in results if each["outcome"] == "ok"]
     if not took_s:
         raise RuntimeError("nothing was answered, so it is not known when clients should hang up")
-    return statistics.median(took_s)
+    return float(statistics.median(took_s))
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,7 +185,7 @@ async def run(attack: Attack, begun: Callable[[], None], stop: asyncio.Event) ->
                 said = True
             await asyncio.sleep(SAMPLE_S)
 
-    callers = []
+    callers: list[asyncio.Task[None]] = []
     for name, (count, say, reads) in kinds(attack).items():
         tallies[name] = Tally()
         for _ in range(count):

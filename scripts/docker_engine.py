@@ -105,7 +105,7 @@ class Engine:
         self._rules = {lister: rules(lister) for lister in LISTERS}
         with open(FORWARDING, encoding="ascii") as value:
             self._forwarding = value.read()
-        write_record(self.folder, self._rules, self._interfaces)
+        write_record(self.folder, self._rules, self._interfaces, self._forwarding)
         self.address = f"unix://{self.folder}/docker.sock"
         command = [
             "setpriv", "--pdeathsig", "TERM",  # so that a killed test leaves no engine that runs
@@ -139,9 +139,7 @@ class Engine:
         remove_interfaces(interfaces() - self._interfaces)
         for lister, before in self._rules.items():
             restore(lister, before)
-        with contextlib.suppress(OSError), open(FORWARDING, "r+", encoding="ascii") as value:
-            if value.read() != self._forwarding:
-                value.write(self._forwarding)
+        restore_forwarding(self._forwarding)
 
 
 def wait_until_it_answers(address, process, log_path):
@@ -203,6 +201,16 @@ def remove_what_killed_runs_left():
             remove_interfaces(interfaces(BRIDGES) - set(record["interfaces"]))  # a veth may be of something else
             for lister, before in record["rules"].items():
                 restore(lister, before)
+            restore_forwarding(record["forwarding"])
+
+
+def restore_forwarding(before):
+    with contextlib.suppress(OSError):
+        with open(FORWARDING, encoding="ascii") as value:
+            if value.read() == before:
+                return
+        with open(FORWARDING, "w", encoding="ascii") as value:
+            value.write(before)
 
 
 def is_roots(folder):
@@ -211,9 +219,9 @@ def is_roots(folder):
     return stat.S_ISDIR(status.st_mode) and status.st_uid == 0 and not status.st_mode & 0o022
 
 
-def write_record(folder, before, links):
+def write_record(folder, before, links, forwarding):
     with open(os.path.join(folder, RECORD), "w", encoding="utf-8") as file:
-        json.dump({"rules": before, "interfaces": sorted(links)}, file)
+        json.dump({"rules": before, "interfaces": sorted(links), "forwarding": forwarding}, file)
 
 
 def read_record(folder):

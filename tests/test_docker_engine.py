@@ -138,6 +138,9 @@ def test_a_firewall_is_opened_only_if_it_was_open(before: list[str], policy: lis
     assert changes.read_text().splitlines() == policy + TAKEN_AWAY
 
 
+RECORD = '{"rules": {"iptables-save": ["filter :FORWARD ACCEPT"]}, "interfaces": [], "forwarding": "0"}'
+
+
 def killed_run(folders: Path, record: str, owner: int = 0) -> str:
     """Leave what a killed run leaves, begin another one -> the code that does so."""
     folder = folders / "glimpse-dk0"
@@ -145,7 +148,8 @@ def killed_run(folders: Path, record: str, owner: int = 0) -> str:
     if record:
         (folder / "before.json").write_text(record)
     return (
-        f"import os, docker_engine as d; d.FOLDERS = {str(folders)!r}; d.programs = set; real = os.lstat\n"
+        f"import os, docker_engine as d; d.FOLDERS = {str(folders)!r}; d.programs = set\n"
+        f"d.FORWARDING, real = {str(folders.parent / 'forwarding')!r}, os.lstat\n"
         "def lstat(path):\n"
         f"    mode, *rest = real(path); rest[3] = {owner}; return os.stat_result([mode, *rest])\n"
         "os.lstat = lstat; d.remove_what_killed_runs_left(); print(os.listdir(d.FOLDERS))"
@@ -155,11 +159,11 @@ def killed_run(folders: Path, record: str, owner: int = 0) -> str:
 @pytest.mark.parametrize(
     ("record", "owner", "left", "changed"),
     [
-        ('{"rules": {"iptables-save": ["filter :FORWARD ACCEPT"]}, "interfaces": []}', 0, [],
+        (RECORD, 0, [],
          ["-t filter -P FORWARD ACCEPT", *TAKEN_AWAY]),
         ("", 0, [], []),
         ('{"rules": {"ipta', 0, [], []),
-        ('{"rules": {"iptables-save": ["filter :FORWARD ACCEPT"]}, "interfaces": []}', 1000, ["glimpse-dk0"], []),
+        (RECORD, 1000, ["glimpse-dk0"], []),
     ],
     ids=["recorded", "no record", "half a record", "somebody else's folder"],
 )  # fmt: skip
@@ -167,15 +171,17 @@ def test_only_what_a_killed_run_recorded_is_taken_away(
     record: str, owner: int, left: list[str], changed: list[str], tmp_path: Path
 ) -> None:
     changes = fake_iptables(tmp_path)
+    (tmp_path / "forwarding").write_text("1")
     said = run(killed_run(tmp_path / "folders", record, owner), PATH=str(tmp_path))
     assert said.strip() == str(left)
     assert changes.read_text().splitlines() == changed
+    assert (tmp_path / "forwarding").read_text() == ("0" if changed else "1")
 
 
 def test_what_was_there_is_recorded_for_a_later_run(tmp_path: Path) -> None:
-    code = "import docker_engine as d; d.write_record({0!r}, {{'iptables-save': ['x']}}, {{'docker0'}}); "
+    code = "import docker_engine as d; d.write_record({0!r}, {{'iptables-save': ['x']}}, {{'docker0'}}, '0'); "
     said = run((code + "print(d.read_record({0!r}))").format(str(tmp_path)))
-    assert said.strip() == "{'rules': {'iptables-save': ['x']}, 'interfaces': ['docker0']}"
+    assert said.strip() == "{'rules': {'iptables-save': ['x']}, 'interfaces': ['docker0'], 'forwarding': '0'}"
 
 
 def test_arguments_after_two_dashes_are_pytests() -> None:

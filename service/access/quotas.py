@@ -53,6 +53,7 @@ class Quotas:
         self._defaults = defaults
         self._ring = ring
         self._behind: asyncio.Queue[Later] = asyncio.Queue(MOST_BEHIND)
+        self.unasked: set[asyncio.Future[Hit]] = set()  # charges under way whose callers have left
 
     def of(self, tenant: str, key: str) -> Account:
         """Open the account of one request."""
@@ -68,6 +69,12 @@ class Quotas:
             self._behind.put_nowait(work)
         except asyncio.QueueFull:
             self.metrics.quota_settlements_lost.inc()
+
+    def refund(self, cost: int, hit: asyncio.Future[Hit]) -> None:
+        """Give a charge back whose caller left before it was made."""
+        self.unasked.discard(hit)
+        if not hit.cancelled() and hit.exception() is None and hit.result().fits:
+            self.later(partial(hit.result().back, cost))
 
     async def settle(self) -> None:
         """Do what waits."""
@@ -150,8 +157,17 @@ class LimitedAccount:
         return made
 
     async def _charge_bucket(self, bucket: Bucket, unit: str, most: int, cost: int) -> Hit:
-        """Raises QuotaExceeded."""
-        found = await self._quotas.windows.hit(bucket.name, unit, most, cost)
+        """Raises QuotaExceeded.
+
+        Redis may charge although the caller has left, so the charge is waited for, and given back.
+        """
+        hit = asyncio.ensure_future(self._quotas.windows.hit(bucket.name, unit, most, cost))
+        try:
+            found = await asyncio.shield(hit)
+        except asyncio.CancelledError:
+            self._quotas.unasked.add(hit)
+            hit.add_done_callback(partial(self._quotas.refund, cost))
+            raise
         if unit not in self._left or found.left.remaining < self._left[unit].remaining:
             self._left[unit] = found.left
         if not found.fits:

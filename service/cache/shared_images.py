@@ -97,16 +97,18 @@ class SharedImages:
         """Return an image, and the seconds that it has left.
 
         A gateway that did not know of a deletion yet may have put the image back: it is not found, and deleted again.
-        Raises RedisFault if Redis is in use and does not answer.
+        Raises RedisFault if Redis is in use and does not answer. If it refuses, nothing is found.
         """
         if not self.in_use:
             self._metrics.image_lookups.labels("redis", "skipped").inc()
             return None
         key = key_of(address)
         replies = await self._ask(self._reads, ("ZSCORE", DELETED, address), ("GET", key), ("PTTL", key))
-        if replies is None:
+        if isinstance(replies, RedisFault):
             self._metrics.image_lookups.labels("redis", "failed").inc()
-            raise RedisFault("timeout", "the image was not read")
+            if replies.kind in BROKEN:
+                raise replies
+            return None
         deleted_at, record, left_ms = replies
         is_deleted = deleted_at is not None
         data = None
@@ -125,8 +127,8 @@ class SharedImages:
             return False
         key, record = key_of(address), await _beside(len(data), partial(record_of, address, data))
         replies = await self._ask(self._writes, ("SET", key, record, "PX", self._ttl_ms), ("ZSCORE", DELETED, address))
-        self._metrics.image_writes.labels("failed" if replies is None else "kept").inc()
-        if replies is None:
+        self._metrics.image_writes.labels("failed" if isinstance(replies, RedisFault) else "kept").inc()
+        if isinstance(replies, RedisFault):
             return False
         if replies[1] is not None or self.is_deleted(address):
             self.forget(address)
@@ -159,7 +161,7 @@ class SharedImages:
             ("ZREMRANGEBYSCORE", DELETED, "-inf", f"{now - self._ttl_s - LATE_S:.3f}"),
             ("PEXPIRE", DELETED, self._ttl_ms + round(LATE_S * 1e3)),
         )
-        return None if replies is None else bool(replies[0])
+        return None if isinstance(replies, RedisFault) else bool(replies[0])
 
     async def look(self) -> None:
         """Forget what others deleted."""
@@ -167,7 +169,7 @@ class SharedImages:
         if not self.in_use:
             return
         replies = await self._ask(self._reads, ("ZRANGEBYSCORE", DELETED, f"{since:.3f}", "+inf"))
-        if replies is None:
+        if isinstance(replies, RedisFault):
             return
         self._looked_at = now
         found = {address.decode() for address in replies[0]}
@@ -181,10 +183,10 @@ class SharedImages:
             self._unwritten_bytes -= len(data)
             await self.put(address, data)
 
-    async def _ask(self, lane: Lane, *commands: Command) -> list[Reply] | None:
-        """Return Redis's replies; None if it is not in use, does not answer, or refuses a command."""
+    async def _ask(self, lane: Lane, *commands: Command) -> list[Reply] | RedisFault:
+        """Return Redis's replies; or why there are none: it is not in use, does not answer, or refuses a command."""
         if not self.in_use:
-            return None
+            return RedisFault("unreachable", "it is not in use")
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return [granted(reply) for reply in await lane.ask(*commands)]
@@ -193,4 +195,4 @@ class SharedImages:
         except RedisFault as found:
             fault = found
         (self._tier.failed if fault.kind in BROKEN else self._tier.refused)(fault)
-        return None
+        return fault

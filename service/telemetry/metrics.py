@@ -253,8 +253,9 @@ class Metrics:
             "variant_requests_in_flight", "Questions that the variant answers now.", "variant"
         )
         self.variants_readable = self._gauge(
-            "variants_readable", "1 while the variants can be read; at 0 the last ones stay in use."
+            "variants_readable", "1 while variants can be read or none are configured; at 0 the last ones stay in use."
         )
+        self.variants_readable.set(1)
         self.upstream_ready = self._gauge(
             "upstream_ready", "1 while this Triton of the variant gets requests, else 0.", "variant", "upstream"
         )

@@ -18,6 +18,8 @@ FOREIGN = {
     "kube_deployment_spec_replicas",
     "kube_deployment_status_replicas_unavailable",
     "kube_pod_deletion_timestamp",
+    "kube_statefulset_replicas",
+    "kube_statefulset_status_replicas_ready",
     "container_memory_working_set_bytes",
     "container_spec_memory_limit_bytes",
 }

@@ -174,7 +174,20 @@ CAUSES = [
         40,
         {'kube_deployment_status_replicas_unavailable{deployment="glimpse-llm"}': "0x5 1x40"},
         {'kube_deployment_status_replicas_unavailable{deployment="glimpse-llm"}': "0x5 1x15 0x20"},
-        {"deployment": "glimpse-llm"},
+        {"deployment": "glimpse-llm", "pods_of": "glimpse-llm"},
+    ),
+    *pair(
+        "GlimpsePodNotReady",
+        40,
+        {
+            'kube_statefulset_replicas{statefulset="glimpse-llm-0"}': "2x50",
+            'kube_statefulset_status_replicas_ready{statefulset="glimpse-llm-0"}': "2x5 1x40",
+        },
+        {
+            'kube_statefulset_replicas{statefulset="glimpse-llm-0"}': "2x50",
+            'kube_statefulset_status_replicas_ready{statefulset="glimpse-llm-0"}': "2x5 1x15 2x20",
+        },
+        {"statefulset": "glimpse-llm-0", "pods_of": "glimpse-llm-0"},
     ),
     *pair(
         "GlimpseModelDead",

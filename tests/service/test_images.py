@@ -367,6 +367,16 @@ async def test_ids_that_no_image_can_have_are_not_remembered_as_deleted():
         assert not caller.house.pipeline.images.store.is_deleted(address_of("", "img_x"))
 
 
+async def test_a_redis_user_who_may_not_read_images_is_no_outage(redis_server):
+    rights = ("~glimpse:*", "-@all", "+get", "+set", "+unlink", "+eval")  # those for features
+    redis_server.client.execute_command("ACL", "SETUSER", "glimpse", "on", ">word", *rights)
+    url = redis_server.url.replace("redis://", "redis://glimpse:word@")
+    async with calling(redis_url=url, redis_timeout_s=5.0) as caller:
+        assert caller.house.shared.in_use
+        fault(await caller.about("img_" + "0" * 32), 404)
+        assert caller.house.counted("glimpse_image_lookups_total", tier="redis", result="failed") == 1
+
+
 async def test_the_documented_rights_suffice_for_all_that_is_in_redis(redis_server):
     """Of a Redis user who may do what docs/operations.md says, and nothing else."""
     told = (PROJECT / "docs" / "operations.md").read_text()

@@ -81,10 +81,12 @@ def test_every_number_is_tried():
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("redis://h:notaport", "its port is not a number"),
-        ("redis://h:700000", "its port is not a number"),
-        ("redis://:secret#word@h:6379", "its port is not a number"),
-        ("redis://[::1", "Invalid IPv6 URL"),
+        ("redis://h:notaport", "its host or port cannot be read"),
+        ("redis://h:700000", "its host or port cannot be read"),
+        ("redis://:secret#word@h:6379", "its host or port cannot be read"),
+        ("redis://:pa[ss]w@h:6379", "its host or port cannot be read"),
+        ("redis://:se\u2100cret@h:6379", "its host or port cannot be read"),
+        ("redis://[::1", "its host or port cannot be read"),
         ("redis://h?foo=1", "an option that Redis's client does not know .*foo"),
         ("redis://h?db=x", "'db'"),
         ("rediss://h?ssl_cert_reqs=some", "Invalid SSL Certificate Requirements"),
@@ -96,7 +98,7 @@ def test_every_number_is_tried():
 def test_an_address_of_redis_that_cannot_be_used_is_one_line(url, said, more):
     with pytest.raises(SettingsError, match=f"^GLIMPSE_REDIS_URL: [^\n]*{said}[^\n]*$") as caught:
         build(read_settings({"GLIMPSE_REDIS_URL": url} | more))
-    assert "secret" not in str(caught.value)
+    assert not any(part in str(caught.value) for part in ("secret", "cret", "ss]", "'ss'"))
 
 
 @pytest.mark.parametrize("name", ["GLIMPSE_VISION_URL", "GLIMPSE_LLM_URL"])

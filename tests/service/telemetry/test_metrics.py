@@ -149,3 +149,9 @@ async def test_no_caller_can_add_a_series(house):
                 before = series(house)
     assert series(house) == before
     assert len(before) < 1500  # with all buckets
+
+
+def test_what_a_gateway_without_keys_and_variants_need_not_read_counts_as_read():
+    """Alerts tell of a 0."""
+    told = {family.name: [each.value for each in family.samples] for family in Metrics().registry.collect()}
+    assert told["glimpse_keys_readable"] == told["glimpse_variants_readable"] == [1.0]

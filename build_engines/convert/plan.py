@@ -134,6 +134,7 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
             "precision": options.precision,
             "dtype": options.dtype,
             "text_type": profiles.text_type(options),
+            "most_visual_tokens": options.llm.max_visual_tokens if plans_wanted else None,
         },
     )
     for name in graphs:

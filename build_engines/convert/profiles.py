@@ -75,6 +75,11 @@ def text_type(options: Options) -> str:
     return "BYTES" if options.profile == "tensorrt" else "UINT8"
 
 
+def guides(options: Options) -> bool:
+    """Whether the LLM can constrain answers. TensorRT-LLM's backend could, but its configuration leaves that unset."""
+    return options.profile != "tensorrt"
+
+
 def on_gpu(model: Model) -> Model:
     """Run a model of the CPU's repository with the CUDA provider.
 

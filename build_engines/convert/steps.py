@@ -103,9 +103,12 @@ class Maker:
             float_type=self.options.dtype,
             text_type=profiles.text_type(self.options),
             top_log_probs=self.options.profile != "tensorrt",
+            most_visual_tokens=step.settings["most_visual_tokens"],
+            guides=profiles.guides(self.options),
             clip=told.clip if self.options.profile == "embedded" else None,  # elsewhere it was never measured
             clip_weights=told.clip_weights and self.options.profile == "embedded",
         )
+        trtllm.check_visual_tokens(told)
         if told.clip_weights != self.source.clip_weights:  # what was learnt of clips is not in this build
             told = dataclasses.replace(told, metadata=without_clips(told.metadata))
         if self.options.precision in GPU_PRECISIONS:  # a CPU's precision is chosen at start, and FP32 is always there

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from build_engines.convert.commands import CHECKPOINT, OUT, WORK
-from build_engines.convert.options import Options
+from build_engines.convert.options import Options, Refused
 from build_engines.convert.source import Source
+from service.core.card import ModelCard
 
 EXAMPLES = "/app/examples"
 PLAIN, CONVERT, LAST = "llm plain", "llm convert", "llm engine"
@@ -79,7 +80,7 @@ def engine(options: Options, source: Source) -> Command:
             "--max_batch_size", str(llm.max_batch),
             "--max_input_len", str(longest(options, source) - 1),
             "--max_seq_len", str(longest(options, source)),
-            "--max_multimodal_len", str(llm.max_batch * llm.max_visual_tokens),
+            "--max_multimodal_len", str(visual_rows(options)),
             "--kv_cache_type", "paged",
             "--use_paged_context_fmha", "enable",
             *(("--use_fp8_context_fmha", "enable") if fp8 else ()),
@@ -87,9 +88,24 @@ def engine(options: Options, source: Source) -> Command:
     )  # fmt: skip
 
 
+def visual_rows(options: Options) -> int:
+    """Rows for the visual tokens of all requests. Each may fill an equal part: a longer table fails the whole batch."""
+    return options.llm.max_batch * options.llm.max_visual_tokens
+
+
 def longest(options: Options, source: Source) -> int:
     """Tokens of a request, visual and generated ones included, within the model's positions."""
     return min(options.llm.max_tokens, source.max_positions)
+
+
+def check_visual_tokens(card: ModelCard) -> None:
+    """Raises Refused if one image can have more visual tokens than the engine takes of a request."""
+    most = card.most_visual_tokens
+    if most is not None and most < card.visual_tokens[1]:
+        raise Refused(
+            f"--llm-max-visual-tokens {most}: one image can have {card.visual_tokens[1]} visual tokens. Use at least "
+            f"{card.visual_tokens[1]}"
+        )
 
 
 class WrongEngine(Exception):
@@ -108,12 +124,14 @@ def check_engine(engine: Mapping[str, Any], options: Options, source: Source) ->
         "hidden_size": pretrained["hidden_size"],
         "max_seq_len": build["max_seq_len"],
         "max_batch_size": build["max_batch_size"],
+        "max_prompt_embedding_table_size": build["max_prompt_embedding_table_size"],
     }
     wanted = {
         "vocab_size": source.vocab_size,
         "hidden_size": source.hidden_size,
         "max_seq_len": longest(options, source),
         "max_batch_size": options.llm.max_batch,
+        "max_prompt_embedding_table_size": visual_rows(options),
     }
     if found != wanted:
         raise WrongEngine(f"the engine has {found}, not {wanted}: build it again with these sizes")

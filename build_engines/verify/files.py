@@ -288,6 +288,8 @@ def check_engine(folder: Path, config: Any, card: ModelCard) -> None:
             f"the engine decodes {build['max_batch_size']} sequences at once, the configuration allows "
             f"{config.max_batch_size}"
         )
+    if (rows := build["max_prompt_embedding_table_size"] // build["max_batch_size"]) < (card.most_visual_tokens or 1):
+        raise Wrong(f"the engine takes {rows} visual tokens of a request, the card allows {card.most_visual_tokens}")
     ranks = pretrained["mapping"]["world_size"]
     missing = [f"rank{rank}.engine" for rank in range(ranks) if not (folder / f"rank{rank}.engine").exists()]
     if missing:

@@ -135,6 +135,9 @@ class ModelCard:
     question_alone: bool = False
     float_type: str = "FP32"  # Triton's type of features, vision tokens and visual tokens: FP16 on GPUs
     text_type: str = "UINT8"  # Triton's type of texts for the LLM: BYTES for TensorRT-LLM
+    # Of one request, all its images together; None: as many as there are positions.
+    most_visual_tokens: int | None = None
+    guides: bool = True  # whether the LLM can keep an answer to choices, a regular expression or a schema
     precision: str = "fp32"  # in which the models compute
     # By CPU precision other than FP32: how many questions were asked, and the share of answers equal to FP32's.
     precisions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

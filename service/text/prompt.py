@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import dropwhile
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -164,17 +164,27 @@ class PromptBuilder:
         """Return the most frames, up to `most`, for which the request has room; 0 if none has."""
         room = self.card.max_positions - request.sampling.max_tokens
         for frames in range(most, 0, -1):
-            if self._visual_tokens(request, frames) + self._prompt_tokens(request, frames) <= room:
+            visual = self._visual_tokens(request, frames)
+            if visual <= self._visual_room and visual + self._prompt_tokens(request, frames) <= room:
                 return frames
         return 0
+
+    @property
+    def _visual_room(self) -> int:
+        """Return the most visual tokens of one request."""
+        most = self.card.most_visual_tokens
+        return self.card.max_positions if most is None else most
 
     def require_room(self, request: Request) -> int:
         """Count visual tokens at the budget's most, prompt tokens and answer tokens together.
 
-        Raises InvalidRequest if they exceed the model's positions.
+        Raises InvalidRequest if they exceed the model's positions, or the visual tokens their own bound.
         """
         images, max_tokens, frames = len(request.images), request.sampling.max_tokens, self.frames(request)
         visual, prompt = self._visual_tokens(request, frames), self._prompt_tokens(request, frames)
+        several = _of_several(images, frames)
+        if self.card.most_visual_tokens is not None and visual > self.card.most_visual_tokens:
+            self._refuse_visual(request, frames, f"{visual} visual tokens{several}")
         total = visual + prompt + max_tokens
         if total > self.card.max_positions:
             room = self.card.max_positions - visual - prompt
@@ -189,15 +199,27 @@ class PromptBuilder:
                 param, mend = "turns", "leave the earliest turns out"
             else:
                 param, mend = "question", "shorten the question"
-            several = f"{images} images" if images > 1 or (images and frames) else ""
-            several = " and ".join(filter(None, [several, f"{frames} frames" if frames else ""]))
             raise InvalidRequest(
-                f"{visual} visual{several and f' of {several}'} + {prompt} prompt + {max_tokens} max_tokens = {total} "
-                f"tokens, {self.card.name} has room for {self.card.max_positions}: {mend}",
+                f"{visual} visual{several} + {prompt} prompt + {max_tokens} max_tokens = {total} tokens, "
+                f"{self.card.name} has room for {self.card.max_positions}: {mend}",
                 param=param,
                 code="context_length_exceeded",
             )
         return total
+
+    def _refuse_visual(self, request: Request, frames: int, shown: str) -> NoReturn:
+        """Raise InvalidRequest, which says how to show less."""
+        if fewer := self._frames_that_fit(request, frames - 1):
+            param, mend = "video_frames", f"{fewer} frames fit, so set video_frames to {fewer}"
+        elif len(request.images) > 1:
+            param, mend = "images", "ask about fewer images, or lower budget.visual_tokens"
+        else:
+            param, mend = "budget.visual_tokens", "lower budget.visual_tokens"
+        raise InvalidRequest(
+            f"{shown}, {self.card.name} has room for {self.card.most_visual_tokens} in one request: {mend}",
+            param=param,
+            code="context_length_exceeded",
+        )
 
     def compose(self, question: str, images: Sequence[tuple[FloatArray, bytes]], *, is_clip: bool = False) -> Prompt:
         """Compose the prompt of some images, or of a clip, and then one question.
@@ -297,6 +319,13 @@ def _never_first(tokenizer: Tokenizer) -> Tokenizer:
         before.prepend_scheme = "never"
         tokenizer.pre_tokenizer = before
     return tokenizer
+
+
+def _of_several(images: int, frames: int) -> str:
+    """Say for an error what is shown, if it is not just one image."""
+    several = f"{images} images" if images > 1 or (images and frames) else ""
+    several = " and ".join(filter(None, [several, f"{frames} frames" if frames else ""]))
+    return several and f" of {several}"
 
 
 def place_of_image(card: ModelCard, text_ids: Sequence[int] | npt.NDArray[np.int32]) -> int:

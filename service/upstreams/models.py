@@ -83,6 +83,12 @@ class Model:
                 param="min_confidence",
                 code="confidence_not_supported",
             )
+        if request.sampling.guide is not None and not card.guides:
+            raise InvalidRequest(
+                f"the server of {card.name} cannot constrain answers: leave {request.sampling.guide.field} out",
+                param=request.sampling.guide.field,
+                code="constraints_not_supported",
+            )
         detail = request.seen_detail
         offered = card.vision_tokens_for(detail)
         model = f"{card.name} with detail {detail}" if card.closer_view else card.name

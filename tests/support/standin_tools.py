@@ -96,6 +96,7 @@ def trtllm_build(words: list[str]) -> None:
     told = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
     pretrained = json.loads((Path(told["checkpoint_dir"]) / "config.json").read_text())
     build = {name: int(told[name]) for name in ("max_seq_len", "max_batch_size")}
+    build["max_prompt_embedding_table_size"] = int(told["max_multimodal_len"])
     engine = {"version": "1.2.1", "pretrained_config": pretrained, "build_config": build}
     (Path(told["output_dir"]) / "config.json").write_text(json.dumps(engine))
     for rank in range(pretrained["mapping"]["world_size"]):

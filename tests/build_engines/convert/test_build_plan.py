@@ -19,6 +19,7 @@ from build_engines.convert.__main__ import options_of, parser
 from build_engines.convert.options import LlmEngine, Options, Refused, checked
 from build_engines.convert.plan import Step, keyed, plan
 from build_engines.convert.source import Source
+from service.core.card import ModelCard
 
 ROOT = {"checkpoint": {"model.safetensors": "aa"}, "versions": {"torch": "2.13.0"}, "code": "c"}
 PROFILES = [("embedded", "fp32"), ("onnx-gpu", "fp32"), ("onnx-gpu", "fp16"), ("tensorrt", "fp16"), ("tensorrt", "fp8")]
@@ -241,7 +242,7 @@ def test_polygraphy_reads_the_plans_command_as_it_is_meant() -> None:
         {"image": ([1, 3, 224, 224], [4, 3, 224, 224], [8, 3, 224, 224]), "budget": ([1, 4], [4, 4], [8, 4])}
     ]
     assert tool.arg_groups[TrtLoadNetworkArgs].strongly_typed
-    assert not any((config.fp16, config.fp8, config.int8))
+    assert not any((config.fp16, config.fp8, config.int8, config.tf32))
 
 
 def test_modelopt_reads_the_quantisers_command_as_it_is_meant() -> None:
@@ -285,7 +286,7 @@ def modelopt_parser() -> argparse.ArgumentParser:
 
 # The flags of TensorRT's trtexec (10.x, kept in 11) and of TensorRT-LLM 1.2.1's scripts, from their sources.
 TRTEXEC = {"onnx", "saveEngine", "stronglyTyped", "minShapes", "optShapes", "maxShapes", "timingCacheFile",
-           "profilingVerbosity", "skipInference"}  # fmt: skip
+           "profilingVerbosity", "skipInference", "noTF32"}  # fmt: skip
 
 
 def convert_opt() -> argparse.ArgumentParser:
@@ -390,15 +391,28 @@ def test_a_request_is_never_longer_than_the_models_positions() -> None:
     assert trtllm.longest(options(llm=LlmEngine(max_tokens=4096)), source()) == 2048
 
 
-def test_an_engine_of_another_vocabulary_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("part", "name", "other"),
+    [("pretrained_config", "vocab_size", 50432), ("build_config", "max_prompt_embedding_table_size", 512)],
+)
+def test_an_engine_of_other_sizes_is_refused(part: str, name: str, other: int) -> None:
+    """Such as a padded vocabulary, or room for the visual tokens of one request only."""
     engine = {
         "pretrained_config": {"vocab_size": 50304, "hidden_size": 2560},
-        "build_config": {"max_seq_len": 1024, "max_batch_size": 64},
+        "build_config": {"max_seq_len": 1024, "max_batch_size": 64, "max_prompt_embedding_table_size": 64 * 512},
     }
     trtllm.check_engine(engine, options(), source())
-    engine["pretrained_config"]["vocab_size"] = 50432  # padded
-    with pytest.raises(trtllm.WrongEngine, match="50432"):
+    engine[part][name] = other
+    with pytest.raises(trtllm.WrongEngine, match=str(other)):
         trtllm.check_engine(engine, options(), source())
+
+
+def test_an_engine_without_room_for_one_images_visual_tokens_is_refused(card: ModelCard) -> None:
+    most = card.visual_tokens[1]
+    trtllm.check_visual_tokens(replace(card, most_visual_tokens=most))
+    trtllm.check_visual_tokens(card)
+    with pytest.raises(Refused, match=f"--llm-max-visual-tokens {most - 1}: .* Use at least {most}"):
+        trtllm.check_visual_tokens(replace(card, most_visual_tokens=most - 1))
 
 
 def test_a_command_names_the_same_folders_here_and_in_a_container() -> None:

@@ -148,7 +148,11 @@ def test_what_is_wrong_with_a_repository_is_found(copy: Path, fault: str) -> Non
 def test_an_engine_is_held_against_the_card(repository: Path, card: ModelCard, tmp_path: Path) -> None:
     told = {
         "pretrained_config": {"vocab_size": card.vocab_size, "mapping": {"world_size": 1}},
-        "build_config": {"max_seq_len": card.max_positions, "max_batch_size": 64},
+        "build_config": {
+            "max_seq_len": card.max_positions,
+            "max_batch_size": 64,
+            "max_prompt_embedding_table_size": 64 * 512,
+        },
     }
     (tmp_path / "config.json").write_text(json.dumps(told))
     config = read_configs(repository)["llm"]
@@ -160,6 +164,9 @@ def test_an_engine_is_held_against_the_card(repository: Path, card: ModelCard, t
         check_engine(tmp_path, config, replace(card, vocab_size=card.vocab_size + 1))
     with pytest.raises(Exception, match="the engine ends at"):
         check_engine(tmp_path, config, replace(card, max_positions=card.max_positions + 1))
+    check_engine(tmp_path, config, replace(card, most_visual_tokens=512))
+    with pytest.raises(Exception, match="the engine takes 512 visual tokens of a request, the card allows 544"):
+        check_engine(tmp_path, config, replace(card, most_visual_tokens=544))
 
 
 def test_plans_are_served_by_two_containers(card: ModelCard, tmp_path: Path) -> None:

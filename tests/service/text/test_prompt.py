@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from service.core.errors import InvalidRequest
 from service.core.prompt import Prompt
-from service.core.request import Budget, Exchange, ImageId, Part, Request, Sampling, Text
+from service.core.request import Budget, Clip, Exchange, ImageId, Part, Request, Sampling, Text
 from service.text.prompt import KEPT_CHARS, Detokeniser, PromptBuilder, load_tokenizer, token_bytes, visual_token_ids
 from tests.support.fakes import CARD, SPELLED, TOKENIZER
 
@@ -327,6 +327,43 @@ def test_room_is_counted_before_any_work():
     with pytest.raises(InvalidRequest, match="shorten the question") as caught:
         PROMPTS.require_room(request(IMAGE, Text("w" * 200), max_tokens=1))
     assert caught.value.param == "question"
+
+
+BOUND = PromptBuilder(replace(CARD, max_positions=1000, most_visual_tokens=96), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "mend"),
+    [
+        (
+            request(IMAGE, IMAGE, Text("a?"), visual=64),
+            "images",
+            "^128 visual tokens of 2 images, tiny has room for 96 in one request: ask about fewer images",
+        ),
+        (
+            request(IMAGE, Text("a?"), visual=128),
+            "budget.visual_tokens",
+            r"^128 visual tokens, .* lower budget\.visual_tokens",
+        ),
+        (
+            request(IMAGE, Clip(IMAGE, frames=4), Text("a?")),
+            "video_frames",
+            "^160 visual tokens of 1 images and 4 frames, .*: 2 frames fit, so set video_frames to 2",
+        ),
+    ],
+)
+def test_more_visual_tokens_than_the_engine_takes_are_told_with_what_mends_it(asked, param, mend):
+    with pytest.raises(InvalidRequest, match=mend) as caught:
+        BOUND.require_room(asked)
+    assert (caught.value.param, caught.value.code) == (param, "context_length_exceeded")
+    assert PromptBuilder(replace(BOUND.card, most_visual_tokens=None), TOKENIZER).require_room(asked)
+
+
+def test_a_clip_without_a_number_of_frames_has_as_many_as_the_engine_takes():
+    asked = request(IMAGE, Clip(IMAGE), Text("a?"))
+    assert BOUND.frames(asked) == 2
+    assert BOUND.visual_tokens(asked) == 96
+    assert BOUND.require_room(asked)
 
 
 def test_special_tokens_in_a_question_are_plain_text(tmp_path):

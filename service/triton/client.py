@@ -14,13 +14,14 @@ from uuid import uuid4
 import grpc  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
+from tritonclient.grpc import service_pb2
 
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, InternalError, Overloaded, Unavailable
 from service.core.models import Generation
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
-from service.core.tensors import DTYPES
+from service.core.tensors import DTYPES, Arrays
 from service.core.vision import (
     IMAGE_SIZE,
     QUESTION_TOKENS,
@@ -49,6 +50,7 @@ class TritonClient:
         """`host:port` of Triton's gRPC, or `unix:` and the path of a socket. The two may be equal, and then share one
         channel. `metadata` goes with each `load` and `unload`. `text_type` is the card's."""
         self._text_type = text_type
+        self._is_tensorrt_llm = text_type == "BYTES"
         self._calls = Calls(vision_url, llm_url, metadata)
         self._probe_took: dict[str, float] = {}  # seconds, the shortest: longer ones waited in a queue
 
@@ -131,6 +133,9 @@ class TritonClient:
     async def generate(self, generation: Generation, timeout_s: float) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield token ids as they come, `end_id` included if it was generated.
 
+        TensorRT-LLM never sends `end_id`: it is added if an answer ends before its most tokens. It tells no log
+        probability of it either.
+
         Closing the generator stops the sequence; the model then ends the stream. Raises Unavailable if no token follows
         the last one within `stall_timeout_s`.
         """
@@ -138,11 +143,14 @@ class TritonClient:
         request_id, log_probs = generation.request_id, generation.log_probs
         inputs = codec.llm_inputs(generation, self._text_type)
 
-        def stop() -> grpc.aio.UnaryStreamCall:
-            return self._calls.stream("llm", codec.request("llm", inputs | {"stop": np.array([[True]])}, request_id))
+        def request(tensors: Arrays) -> service_pb2.ModelInferRequest:
+            return codec.request("llm", tensors, request_id, for_tensorrt_llm=self._is_tensorrt_llm)
 
-        request = codec.request("llm", inputs, request_id)
-        responses = self._calls.responses("llm", request, timeout_s, generation.stall_timeout_s, stop)
+        def stop() -> grpc.aio.UnaryStreamCall:
+            return self._calls.stream("llm", request(inputs | {"stop": np.array([[True]])}))
+
+        left = generation.sampling.max_tokens
+        responses = self._calls.responses("llm", request(inputs), timeout_s, generation.stall_timeout_s, stop)
         with naming_constraint(generation.sampling.guide):
             async with contextlib.aclosing(responses):
                 async for response in responses:
@@ -151,8 +159,11 @@ class TritonClient:
                     else:
                         tokens, told = codec.tokens_with_log_probs(response)
                         log_probs += told
+                    left -= len(tokens)
                     if tokens:
                         yield tokens
+        if self._is_tensorrt_llm and left > 0 and generation.end_id >= 0:
+            yield (generation.end_id,)
 
     async def answer(
         self, image_bytes: bytes, question: str, *, max_tokens: int, timeout_s: float, stall_timeout_s: float = 5.0

@@ -15,7 +15,7 @@ from service.core.models import Generation
 from service.core.payer import NOBODY, PAYER, current
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget
-from service.core.tensors import CLIP_WEIGHTS, DATATYPES, DTYPES, VISION, Arrays
+from service.core.tensors import CLIP_WEIGHTS, DATATYPES, DTYPES, LIKELIEST, VISION, Arrays
 from service.core.vision import CELLS, GRID, Relevance, Seen, SeenClip, VisionFeatures, dense
 from service.telemetry.tracing import TRACEPARENT, traceparent
 from service.triton.contract import CALLED
@@ -27,7 +27,9 @@ _OUTPUTS = {
 _LLM_TYPES = {tensor.name: DTYPES.get(tensor.datatype) for tensor in CALLED["llm"].inputs}
 
 
-def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.ModelInferRequest:
+def request(
+    model: str, tensors: Arrays, request_id: str = "", *, for_tensorrt_llm: bool = False
+) -> service_pb2.ModelInferRequest:
     """Make a request. The first dimension of every tensor is the batch, if the model has one.
 
     The LLM gives log probabilities only if `return_log_probs` is among the tensors, and those of the likeliest tokens
@@ -40,7 +42,11 @@ def request(model: str, tensors: Arrays, request_id: str = "") -> service_pb2.Mo
         inputs.append(service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=array.shape))
         contents.append(array.tobytes() if array.dtype != np.object_ else _strings(array))
     request = service_pb2.ModelInferRequest(
-        model_name=model, id=request_id, inputs=inputs, raw_input_contents=contents, outputs=_wanted(model, tensors)
+        model_name=model,
+        id=request_id,
+        inputs=inputs,
+        raw_input_contents=contents,
+        outputs=_wanted(model, tensors, for_tensorrt_llm),
     )
     if CALLED[model].decoupled:
         # Without this parameter Triton drops an empty last response, and with it the end of the stream.
@@ -73,11 +79,19 @@ def clip_message(frames: Sequence[VisionFeatures], times: Sequence[float], quest
     return message("attend_clip", tensors)
 
 
-def _wanted(model: str, tensors: Arrays) -> list[service_pb2.ModelInferRequest.InferRequestedOutputTensor]:
-    outputs = _OUTPUTS[model]
-    if model != "llm" or "num_top_log_probs" in tensors:
-        return outputs
-    return outputs[:2] if "return_log_probs" in tensors else outputs[:1]
+def _wanted(
+    model: str, tensors: Arrays, for_tensorrt_llm: bool
+) -> list[service_pb2.ModelInferRequest.InferRequestedOutputTensor]:
+    if model != "llm":
+        return _OUTPUTS[model]
+    names = {"output_ids"}
+    if for_tensorrt_llm:
+        names.add("sequence_length")  # its backend fails every response to a request that does not ask for it
+    if "return_log_probs" in tensors:
+        names.add("output_log_probs")
+    if "num_top_log_probs" in tensors:
+        names |= LIKELIEST
+    return [output for output in _OUTPUTS["llm"] if output.name in names]
 
 
 def asked(question: Question, budget: Budget) -> dict[str, npt.NDArray[Any]]:
@@ -190,8 +204,14 @@ def seen_clip(arrays: Arrays, budget: Budget) -> SeenClip:
 
 
 def tokens(response: Any) -> tuple[int, ...]:
-    """Read new tokens from `output_ids` int32 [1, 1, n], the only requested output; an empty response has none."""
-    return tuple(token for content in response.raw_output_contents for token in memoryview(content).cast("i"))
+    """Read new tokens from `output_ids` int32 [1, 1, n]; an empty response has none.
+
+    TensorRT-LLM pads rows to the longest beam. There is one beam, so n is the number of tokens.
+    """
+    for output, content in zip(response.outputs, response.raw_output_contents, strict=True):
+        if output.name == "output_ids":
+            return tuple(memoryview(content).cast("i"))
+    return ()
 
 
 def outputs(model: str, response: service_pb2.ModelInferResponse) -> dict[str, npt.NDArray[Any]]:
@@ -212,12 +232,14 @@ def outputs(model: str, response: service_pb2.ModelInferResponse) -> dict[str, n
 def tokens_with_log_probs(response: Any) -> tuple[tuple[int, ...], list[LogProb]]:
     """Read new tokens and their log probabilities, `output_log_probs` float32 [1, 1, n].
 
-    `top_ids` int32 and `top_log_probs` float32 [1, 1, n, k] may be there too.
+    TensorRT-LLM repeats those of the tokens before them, so the last n are read. `top_ids` int32 and `top_log_probs`
+    float32 [1, 1, n, k] may be there too.
     """
     told = arrays(response)
     if not told:
         return (), []
     ids, values = told["output_ids"].ravel().tolist(), told["output_log_probs"].ravel().tolist()
+    values = values[len(values) - len(ids) :]
     if "top_ids" not in told:
         return tuple(ids), list(map(LogProb, values))
     rows = zip(told["top_ids"][0, 0].tolist(), told["top_log_probs"][0, 0].tolist(), strict=True)

@@ -18,9 +18,8 @@ CALLED: Mapping[str, Model] = {
     "vision_encoder": MODELS["vision_encoder"],  # the four crops of a closer view in one request, as a batch
     "attend_448": MODELS["attend_448"],  # only if the model card has a closer view
     "attend_clip": MODELS["attend_clip"],  # only if the model card has a clip resampler
-    "llm": _read(
-        MODELS["llm"], "output_ids", "output_log_probs", *LIKELIEST
-    ),  # all but the first if a request asks for them
+    # `sequence_length` of TensorRT-LLM only; those after it if a request asks for them.
+    "llm": _read(MODELS["llm"], "output_ids", "sequence_length", "output_log_probs", *LIKELIEST),
     "vqa": MODELS["vqa"],
 }
 

@@ -21,9 +21,11 @@ from service.core.guide import GUIDE, Guide
 # The text decides first, whatever the code is; then the code. Any other error is an InternalError.
 ERROR_TEXTS: tuple[tuple[str, type[GlimpseError]], ...] = (
     ("Exceeds maximum queue size", Overloaded),
+    ("Maximum queue size of", Overloaded),  # "... 64 has been reached": the executor's queue in TensorRT-LLM
     ("is not healthy", Unavailable),  # "Stub process 'llm_0_0' is not healthy.": the model's process died
     ("unknown model", Unavailable),  # not loaded now
     ("Server not ready", Unavailable),  # starting or stopping
+    ("Shutdown called", Unavailable),  # TensorRT-LLM's executor is stopping
     ("message larger than max", InternalError),
 )
 ERROR_CODES: Mapping[grpc.StatusCode, type[GlimpseError]] = {

@@ -130,7 +130,7 @@ def plan_config(options: Options, model: Model) -> str:
                 f"max_batch_size: {model.max_batch}",
                 f"input [\n{tensor_lines(model.inputs)}\n]",
                 f"output [\n{tensor_lines(model.outputs)}\n]",
-                "instance_group [ { count: 1, kind: KIND_GPU } ]",
+                f"instance_group [ {{ count: 1, {ON_GPU} }} ]",  # without the list: one on every visible GPU
                 "dynamic_batching {\n"
                 f"  preferred_batch_size: [ {options.opt_batch} ]\n"
                 f"  max_queue_delay_microseconds: {QUEUE_DELAY_US}\n"
@@ -197,14 +197,14 @@ def llm_config(options: Options, source: Source, model: Model) -> str:
 def _backend_lines(inputs: tuple[Tensor, ...]) -> str:
     """As `tensor_lines`, with the backend's own conventions.
 
-    Numbers have no dimension. Lists of different lengths may share a batch.
+    Numbers have no dimension. Lists of different lengths may share a batch, and so may strings, which keep theirs.
     """
     lines = []
     for tensor in inputs:
         end = " }"
-        if tensor.dims == (1,):
+        if tensor.dims == (1,) and tensor.datatype != "BYTES":
             end = ", reshape: { shape: [ ] } }"
-        elif -1 in tensor.dims:
+        elif -1 in tensor.dims or tensor.datatype == "BYTES":
             end = ", allow_ragged_batch: true }"
         lines.append(tensor_lines([tensor]).removesuffix(" }") + end)
     return ",\n".join(lines)

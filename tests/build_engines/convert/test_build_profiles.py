@@ -122,8 +122,8 @@ def test_plans_batch_are_warm_and_have_a_graph_a_size(card: ModelCard, precision
         config, dims = configs[name], inputs_of(asked, source(card), name)
         assert (config.backend, config.default_model_filename) == ("tensorrt", "model.plan")
         assert config.max_batch_size == asked.vision_batch
-        assert [(group.count, group.kind) for group in config.instance_group] == [
-            (1, model_config_pb2.ModelInstanceGroup.KIND_GPU)
+        assert [(group.count, group.kind, list(group.gpus)) for group in config.instance_group] == [
+            (1, model_config_pb2.ModelInstanceGroup.KIND_GPU, [0])  # without the list: one on every visible GPU
         ]
         assert list(config.dynamic_batching.preferred_batch_size) == [asked.opt_batch]
         assert config.dynamic_batching.default_queue_policy.max_queue_size > 0
@@ -151,6 +151,10 @@ def test_tensorrt_llm_gets_its_own_names_shapes_and_parameters(card: ModelCard) 
         assert inputs[name].HasField("reshape")
         assert list(inputs[name].reshape.shape) == []
     for name in ("input_ids", "prompt_embedding_table", "prompt_table_extra_ids"):
+        assert inputs[name].allow_ragged_batch
+        assert not inputs[name].HasField("reshape")
+    for name in ("guided_decoding_guide_type", "guided_decoding_guide"):
+        assert (list(inputs[name].dims), inputs[name].data_type) == ([1], model_config_pb2.TYPE_STRING)
         assert inputs[name].allow_ragged_batch
         assert not inputs[name].HasField("reshape")
     assert inputs["prompt_table_extra_ids"].data_type == model_config_pb2.TYPE_UINT64

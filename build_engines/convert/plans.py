@@ -36,6 +36,7 @@ def trtexec(
         f"--onnx={onnx}",
         f"--saveEngine={plan}",
         "--stronglyTyped",
+        "--noTF32",  # TF32 rounds factors to FP16's precision, also of what must stay in FP32
         *(
             f"--{bound}Shapes=" + ",".join(f"{name}:{shape(batch, dims, 'x')}" for name, dims in inputs.items())
             for bound, batch in zip(("min", "opt", "max"), batches, strict=True)
@@ -49,7 +50,7 @@ def trtexec(
 def polygraphy(
     onnx: str, plan: str, inputs: Mapping[str, Sequence[int]], batches: tuple[int, int, int]
 ) -> tuple[str, ...]:
-    """Build by polygraphy, if TensorRT is a Python package of this machine."""
+    """Build by polygraphy, if TensorRT is a Python package of this machine. Without --tf32 it clears TF32's flag."""
     bounds = zip(("min", "opt", "max"), batches, strict=True)
     return (
         "polygraphy",

@@ -129,6 +129,7 @@ def test_a_key_changes_with_what_a_step_depends_on_and_with_nothing_else() -> No
 
     assert changed(llm=LlmEngine(max_batch=32)) == {"llm engine", "repository"}
     assert changed(llm=LlmEngine(kv_memory_fraction=0.5)) == {"repository"}
+    assert "card" in changed(llm=LlmEngine(max_visual_tokens=256))
     assert changed(vision_image="tritonserver:26.08-py3") == {
         "plan vision_encoder", "plan relevance_allocator", "plan qformer", "repository",
     }  # fmt: skip

@@ -156,7 +156,7 @@ class Batcher:
         self._sampler = Sampler(decoder.max_rows, decoder.vocab_size)
         self._masks = Masks(decoder.max_rows, decoder.vocab_size)
         self._waiting: deque[Sequence] = deque()
-        self._joining: list[Sequence] = []  # in this iteration's prefill
+        self._joining: list[Sequence] = []  # in this iteration's prefill, until they are rows
         self._running: list[Sequence] = []  # running[i] owns the decoder's row i
         self._tokens = np.zeros(decoder.max_rows, np.int64)  # each row's next input token
         self._left = np.zeros(decoder.max_rows, np.int64)  # tokens each row may still generate
@@ -229,9 +229,18 @@ class Batcher:
         with self._work:
             everyone = [*self._running, *self._waiting]
         try:
-            return self._iterate()
+            events = self._iterate()
         except Exception as error:
             return self._reset(everyone, error)
+        if self._joining:  # prefills that failed, and sequences whose callers have gone
+            self._end_joining(self._joining)
+        return events
+
+    def _end_joining(self, group: SequenceOf[Sequence], running: SequenceOf[Sequence] = ()) -> None:
+        """Take the group out of the iteration's prefill, and add the new rows."""
+        with self._work:
+            self._joining = [each for each in self._joining if each not in group]
+            self._running += running
 
     def _iterate(self) -> list[Event]:
         self.iterations += 1
@@ -344,9 +353,7 @@ class Batcher:
             self._masks.append(sequence.guide)
             self._left[row] = sequence.sampling.max_tokens
             self._end_ids[row] = sequence.end_id
-        with self._work:
-            self._running += group
-            self._joining = []
+        self._end_joining(group, group)
         return self._draw(logits, first)
 
     def _step(self) -> list[Event]:

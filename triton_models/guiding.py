@@ -66,7 +66,7 @@ class Guiding:
                     sequence.cancelled = True
 
     def close(self) -> None:
-        """End the thread. Sequences that still wait are passed on, and the batcher ends them."""
+        """End the thread after the guide that it compiles now. Sequences that still wait are refused."""
         with self._work:
             self._is_closed = True
             self._work.notify()
@@ -80,6 +80,8 @@ class Guiding:
             return
         while (sequence := self._next()) is not None:
             try:
+                if self._is_closed:
+                    raise Closed("the model is being unloaded")
                 guide = sequence.sampling.guide
                 if guide is not None and not sequence.cancelled and (known := guides.known(guide)) is not None:
                     sequence.guide = known

@@ -435,6 +435,26 @@ def test_a_fault_outside_the_decoder_fails_who_had_a_part_in_it_and_the_loop_goe
     assert tokens_of(run(batcher), waiting) == alone(3)
 
 
+@pytest.mark.parametrize("ends", ["a prefill fails", "a part fails", "the caller has gone"])
+def test_a_sequence_that_ended_in_its_prefill_is_not_ended_again_by_a_later_fault(ends):
+    decoder = HistoryDecoder()
+    over = sequence(49, *range(20 if ends == "a part fails" else 1), name="over")
+    batcher = Batcher(
+        decoder, Limits(max_prefill_tokens=8), lambda each: ends == "the caller has gone" and each is over
+    )
+    running = sequence(1, name="running")
+    batcher.submit(running)
+    batcher.iterate()
+    decoder.fails = {49}
+    batcher.submit(over)
+    ended: list[str] = []
+    while not ended:
+        ended += [event.sequence.request_id for event in batcher.iterate() if event.finished]
+    batcher._sampler.draw = lambda *_: 1 / 0
+    ended += [event.sequence.request_id for event in batcher.iterate()]
+    assert ended == ["over", "running"]
+
+
 class WholeDecoder(HistoryDecoder):
     """As an encoder-decoder: it reads a prompt at once, and its rows go on from a start token."""
 

@@ -1,6 +1,7 @@
 """Test guided rows of the batcher with the reference model's tokenizer and random scores."""
 
 import json
+import threading
 from itertools import repeat
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from service.core.errors import InvalidRequest
 from service.core.guide import guide_of
 from service.core.request import Sampling
 from service.text.prompt import Detokeniser
-from triton_models.batcher import Batcher, Limits, Sequence
+from tests.support.servers import eventually
+from triton_models.batcher import Batcher, Closed, Limits, Sequence
 from triton_models.guiding import Guiding
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
@@ -196,6 +198,7 @@ def test_a_guide_is_compiled_before_its_sequence_goes_on(guided):
     names = [str(number) for number in range(5)]
     for name in names:
         guiding.submit(bare(name, choices=["yes", "no"]))
+    eventually(lambda: len(taken) == len(names), 20, "all are compiled")
     guiding.close()
     assert [each.request_id for each in taken] == names
     assert all(each.guide is taken[0].guide for each in taken)
@@ -207,6 +210,7 @@ def test_a_guide_that_cannot_be_compiled_ends_its_sequence_alone(guided):
     guiding = start()
     guiding.submit(bare("bad", regex="(a"))
     guiding.submit(bare("good", regex="a"))
+    eventually(lambda: taken, 20, "the second is compiled")
     guiding.close()
     assert [each.request_id for each in taken] == ["good"]
     ((name, error),) = refused
@@ -221,8 +225,31 @@ def test_a_stopped_sequence_goes_on_cancelled(guided):
     for each in (stopped, bare("other", regex="a")):
         guiding.submit(each)
     guiding.stop("stopped")
+    eventually(lambda: len(taken) == 2, 20, "both have gone on")
     guiding.close()
     assert [each.cancelled for each in taken if each is not stopped] == [False]
+
+
+def test_guides_that_wait_while_the_model_is_unloaded_are_refused_and_not_compiled(guided):
+    start, taken, refused = guided
+    compiling, closing = threading.Event(), threading.Event()
+
+    def submit(sequence: Sequence) -> None:
+        taken.append(sequence)
+        compiling.set()
+        closing.wait(20)
+
+    guiding = start(submit=submit)
+    for name in ("first", "second", "third"):
+        guiding.submit(bare(name, regex="a"))
+    assert compiling.wait(20)
+    closer = threading.Thread(target=guiding.close)
+    closer.start()
+    eventually(lambda: guiding._is_closed, 20, "it is closed")
+    closing.set()
+    closer.join()
+    assert [each.request_id for each in taken] == ["first"]
+    assert [(name, type(error)) for name, error in refused] == [("second", Closed), ("third", Closed)]
 
 
 def test_a_tokenizer_that_cannot_be_read_ends_guided_sequences(guided, tmp_path):

@@ -59,7 +59,7 @@ class Served:
 async def check_served(repository: Path, card: ModelCard, served: Served, report: Report) -> None:
     """Check and measure the servers, and add the results to the report."""
     prompts = PromptBuilder.load(card, repository)
-    async with TritonClient(served.vision_url, served.llm_url) as client:
+    async with TritonClient(served.vision_url, served.llm_url, text_type=card.text_type) as client:
         for model in card.called:
             with report.check(f"{model} infers"):
                 await client.probe(model, card, TIMEOUT_S)
@@ -90,11 +90,11 @@ async def check_parity(
 ) -> None:
     """Compare features and visual tokens by cosine, and greedy answers token by token."""
     names = ("vision_encoder", "relevance_allocator", "qformer")
-    fp32 = feeds(given, {name: reference / name / "1" / "model.onnx" for name in names}, prompts)
+    fp32 = feeds(given, {name: reference / name / "1" / "model.onnx" for name in names}, prompts, kept=len(given))
     budgets = [Budget(tuple(row[:2]), tuple(row[2:])) for row in fp32["relevance_allocator"]["budget"].tolist()]
     ours: dict[str, list[Array]] = {"features": [], "visual_tokens": []}
     answers, twice = list[list[int]](), list[list[int]]()
-    for (pixels, text), budget in zip(given, budgets, strict=False):
+    for (pixels, text), budget in zip(given, budgets, strict=True):
         vision, seen = await client.see(pixels, prompts.question(text), budget, TIMEOUT_S)
         ours["features"].append(np.asarray(vision.features))
         ours["visual_tokens"].append(seen.visual_tokens)
@@ -104,7 +104,7 @@ async def check_parity(
             twice.append(await answer(client, card, prompts.compose(text, [image] * 2)))
     theirs = {"features": fp32["relevance_allocator"]["features"], "visual_tokens": fp32["llm"]["visual_tokens"]}
     for name, rows in ours.items():
-        near = nearness(np.stack(rows), theirs[name][: len(rows)])
+        near = nearness(np.stack(rows), theirs[name])
         report.measured[f"{name}_parity"] = near.as_json()
         with report.check(f"{name} are those of FP32"):
             if near.least_cosine < LEAST_COSINE[card.float_type]:
@@ -164,7 +164,7 @@ def reference_answers(
     encoder = reader_of(card, file_beside_llm(reference, TEXT_ENCODER))
     return [
         greedy(llm, rows, np.array(prompts.text_ids(text)), ANSWER_TOKENS, card.end_id, encoder)
-        for (_, text), rows in zip(given, visual, strict=False)
+        for (_, text), rows in zip(given, visual, strict=True)
     ]
 
 

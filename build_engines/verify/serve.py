@@ -7,10 +7,10 @@ import json
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from build_engines.convert.manifest import NAME
 from build_engines.convert.plans import load, version_of_runtime
@@ -102,32 +102,43 @@ async def serving(
     vision, llm = (f"127.0.0.1:{each.grpc}" for each in ports)
     if shutil.which("docker") is None:
         raise CannotServe("plans need docker, which is missing: install it, or use --vision-url of a running server")
-    with running(containers(repository, card, images, ports), log) as started:
-        async with TritonClient(vision, llm) as client:
-            await until_ready(client, started, log)
+    async with started(containers(repository, card, images, ports), (vision, llm), log):
         yield vision, llm, metrics
 
 
+@asynccontextmanager
+async def started(lines: Sequence[Sequence[str]], urls: Sequence[str], log: Path) -> AsyncIterator[None]:
+    """Start the servers one after the other, and stop them at the end of the block.
+
+    TensorRT-LLM takes most of the memory that is free when it starts, so the vision server must have its own by then.
+    Raises CannotServe.
+    """
+    with ExitStack() as stack:
+        out = stack.enter_context(log.open("wb"))
+        for line, url in zip(lines, urls, strict=True):
+            process = stack.enter_context(running(line, out))
+            async with TritonClient(url, url) as client:
+                await until_ready(client, process, log)
+        yield
+
+
 @contextmanager
-def running(lines: Sequence[Sequence[str]], log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Start programs, and stop them at the end of the block."""
-    with log.open("wb") as out:
-        started = [subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT) for line in lines]
-        try:
-            yield started
-        finally:
-            for process in started:
-                process.terminate()
-            for process in started:
-                process.wait()
+def running(line: Sequence[str], out: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a program, and stop it at the end of the block."""
+    process = subprocess.Popen(line, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
 
 
-async def until_ready(client: TritonClient, started: Sequence[subprocess.Popen[bytes]], log: Path) -> None:
-    """Raises CannotServe if a server exits or is not ready in READY_S."""
+async def until_ready(client: TritonClient, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Raises CannotServe if the server exits or is not ready in READY_S."""
     for _ in range(READY_S):
         if await client.ready(timeout_s=1.0):
             return
-        if any(process.poll() is not None for process in started):
+        if process.poll() is not None:
             raise CannotServe(f"a server exited while starting: see {log}")
         await asyncio.sleep(1.0)
-    raise CannotServe(f"the servers are not ready after {READY_S} s: see {log}")
+    raise CannotServe(f"a server is not ready after {READY_S} s: see {log}")

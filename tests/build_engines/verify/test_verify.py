@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,12 @@ from build_engines.verify.__main__ import main
 from build_engines.verify.files import check_engine, check_files, read_configs
 from build_engines.verify.live import Served, check_served, gpu_memory
 from build_engines.verify.report import Report
-from build_engines.verify.serve import Images, containers
+from build_engines.verify.serve import CannotServe, Images, containers, started
 from service.core.card import ModelCard
+from service.triton import TritonClient
 from service.triton_server.access import Ports
 from service.triton_server.supervision import EmbeddedTriton
+from tests.support.servers import free_ports
 
 ROOT = Path(__file__).parents[3]
 
@@ -181,6 +184,48 @@ def test_plans_are_served_by_two_containers(card: ModelCard, tmp_path: Path) -> 
         assert [word for word in server if word.startswith("--load-model=")][: len(loads)] == [
             f"--load-model={model}" for model in loads
         ]
+
+
+SERVER = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import grpc
+
+port, other, report = sys.argv[1:]
+call = "/inference.GRPCInferenceService/ServerReady"
+if other:
+    Path(report).write_bytes(grpc.insecure_channel(f"127.0.0.1:{other}").unary_unary(call)(b"", timeout=5))
+answer = grpc.unary_unary_rpc_method_handler(lambda *_: b"\\x08\\x01")  # ready: true
+server = grpc.server(ThreadPoolExecutor(1))
+handler = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {"ServerReady": answer})
+server.add_generic_rpc_handlers([handler])
+server.add_insecure_port(f"127.0.0.1:{port}")
+server.start()
+server.wait_for_termination()
+"""
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_the_llms_server_starts_once_the_vision_server_is_ready(tmp_path: Path) -> None:
+    """TensorRT-LLM takes most of the memory that is free at its start."""
+    first, second = free_ports(2)
+    found = tmp_path / "found"
+    lines = [
+        [sys.executable, "-c", SERVER, str(first), "", str(found)],
+        [sys.executable, "-c", SERVER, str(second), str(first), str(found)],
+    ]
+    urls = [f"127.0.0.1:{port}" for port in (first, second)]
+    async with started(lines, urls, tmp_path / "log"):
+        assert found.read_bytes() == b"\x08\x01"
+        async with TritonClient(*urls) as client:
+            assert await client.ready()
+    async with TritonClient(*urls) as client:
+        assert not await client.ready()  # both are stopped
+    lines[1] = [sys.executable, "-c", "exit(1)"]
+    with pytest.raises(CannotServe, match="a server exited while starting"):
+        async with started(lines, urls, tmp_path / "log"):
+            pass
 
 
 def test_a_repository_of_plans_says_what_serves_it(tmp_path: Path) -> None:

@@ -24,13 +24,13 @@ from build_engines.scenes.world import World, sample_scene
 from service.core.errors import GlimpseError
 from service.core.prompt import Question
 from service.core.request import Budget
-from service.core.vision import CLOSER_SIZE, CloserFeatures, VisionFeatures
+from service.core.vision import CLOSER_SIZE, CROPS, CloserFeatures, VisionFeatures
 from service.media.decoder import Decoded, ImageLimits, decode
 from service.text.prompt import PromptBuilder
 from triton_models.session import Array, Graph
 
 SEED = 907  # used for no other scenes
-PARITY = 16  # samples for which the inputs of every graph are kept
+PARITY = 16  # samples for which the inputs of every graph are kept; a multiple of BATCH
 BATCH = 4
 VISION_BUDGETS = ((64, 64), (64, 112), (64, 160), (64, 256), (256, 256))
 
@@ -84,19 +84,26 @@ def _rendered() -> Iterator[Sample]:
         index += 1
 
 
-def feeds(given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBuilder) -> dict[str, dict[str, Array]]:
-    """Inputs of all samples, by graph and input name, from the outputs of the FP32 graphs.
+def feeds(
+    given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBuilder, kept: int = PARITY
+) -> dict[str, dict[str, Array]]:
+    """Inputs of the first `kept` samples, by graph and input name, from the outputs of the FP32 graphs.
 
-    `llm` gets visual tokens and text ids.
+    The encoder's are those of all samples, for calibration. With a closer view, every other one of the rest is a crop
+    of such a view. `llm` gets visual tokens and text ids.
     """
     opened = {name: Graph(path) for name, path in graphs.items() if name != "llm"}
     encoder, allocator, qformer = (opened[name] for name in ("vision_encoder", "relevance_allocator", "qformer"))
     found: dict[str, dict[str, list[Array]]] = {}
     clips: dict[str, dict[str, Array]] = {}
+    closer = opened.get("relevance_allocator_448")
     budgets, queries = cycle(VISION_BUDGETS), prompts.card.queries
     for start in tqdm(range(0, len(given), BATCH), desc="samples", unit="batch", mininterval=1.0):
         part = given[start : start + BATCH]
         image = {"image": np.stack([pixels for pixels, _ in part])}
+        if start >= kept:
+            _keep(found, "vision_encoder", image if closer is None else _with_crops(image, start // BATCH))
+            continue
         seen = _run(encoder, image)
         asked = [prompts.question(text) for _, text in part]
         question = {
@@ -108,18 +115,34 @@ def feeds(given: Sequence[Sample], graphs: Mapping[str, Path], prompts: PromptBu
         chosen = _run(allocator, to_allocator)
         to_qformer = _fitting(qformer, chosen | question | {"attend": (chosen["vision_mask"] > 0).astype(np.int32)})
         visual = _run(qformer, to_qformer)["visual_tokens"]
-        steps = {"vision_encoder": image, "qformer": to_qformer}
-        if start < PARITY:
-            steps |= {"relevance_allocator": to_allocator, "llm": _llm(prompts, part, visual)}
-            if "relevance_allocator_448" in opened:
-                steps["relevance_allocator_448"] = to_allocator | {"detail_features": _closer(encoder, image["image"])}
+        steps = {
+            "vision_encoder": image,
+            "relevance_allocator": to_allocator,
+            "qformer": to_qformer,
+            "llm": _llm(prompts, part, visual),
+        }
+        if closer is not None:
+            steps["relevance_allocator_448"] = to_allocator | {"detail_features": _closer(encoder, image["image"])}
         if start == 0 and CLIP_GRAPH in opened:
             clips = _clip(seen, asked[0])
         for name, arrays in steps.items():
-            kept = found.setdefault(name, {})
-            for key, array in arrays.items():
-                kept.setdefault(key, []).append(array)
-    return clips | {name: {key: np.concatenate(parts) for key, parts in kept.items()} for name, kept in found.items()}
+            _keep(found, name, arrays)
+    return clips | {
+        name: {key: np.concatenate(parts) for key, parts in inputs.items()} for name, inputs in found.items()
+    }
+
+
+def _keep(found: dict[str, dict[str, list[Array]]], graph: str, arrays: Mapping[str, Array]) -> None:
+    for name, array in arrays.items():
+        found.setdefault(graph, {}).setdefault(name, []).append(array)
+
+
+def _with_crops(image: Mapping[str, Array], turn: int) -> dict[str, Array]:
+    """Take a crop of the closer view in place of every other image, and each of its four crops in turn."""
+    pixels = image["image"].copy()
+    for row in range(1, len(pixels), 2):
+        pixels[row] = _crops(pixels[row])[(turn + row // 2) % CROPS]
+    return {"image": pixels}
 
 
 def _clip(seen: Mapping[str, Array], question: Question) -> dict[str, dict[str, Array]]:
@@ -139,12 +162,17 @@ def _fitting(graph: Graph, arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {name: arrays[name] for name in graph.inputs}
 
 
+def _crops(pixels: Array) -> Array:
+    """An image [3, 224, 224], doubled in size, to its four crops [4, 3, 224, 224]."""
+    doubled = pixels.repeat(2, axis=1).repeat(2, axis=2)
+    return Decoded({CLOSER_SIZE: doubled}, CLOSER_SIZE, CLOSER_SIZE).crops
+
+
 def _closer(encoder: Graph, image: Array) -> Array:
     """Images [B, 3, 224, 224], doubled in size, to the patches of four crops on one grid: [B, 1024, D]."""
     rows = []
     for pixels in image:
-        doubled = pixels.repeat(2, axis=1).repeat(2, axis=2)
-        seen = _run(encoder, {"image": Decoded({CLOSER_SIZE: doubled}, CLOSER_SIZE, CLOSER_SIZE).crops})
+        seen = _run(encoder, {"image": _crops(pixels)})
         crops = zip(*(seen[field.name] for field in fields(VisionFeatures)), strict=True)
         rows.append(CloserFeatures.joined([VisionFeatures(*crop) for crop in crops]).features)
     return np.stack(rows)

@@ -1,4 +1,4 @@
-"""What a build asks about the pictures of `--images`."""
+"""What a build asks about the pictures of `--images`, and what its graphs read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from build_engines.convert.options import Refused
-from build_engines.convert.samples import Sample, samples
+from build_engines.convert.samples import PARITY, Sample, feeds, samples
+from service.core.card import ModelCard
+from service.text.prompt import PromptBuilder
 
 LEVELS = {"a.png": 10, "b.png": 20, "c.png": 30}  # of grey
 
@@ -36,6 +38,28 @@ def test_a_line_with_a_tab_is_a_question_about_its_image(folder: Path) -> None:
         samples(folder, 3)
     with pytest.raises(Refused, match="has 3 questions about images, fewer than 4"):
         samples(folder, 4, again=True)
+
+
+def test_calibration_keeps_the_encoders_inputs_alone_and_shows_it_crops(
+    repository: Path, card: ModelCard, prompts: PromptBuilder
+) -> None:
+    assert card.closer_view
+    names = ("vision_encoder", "relevance_allocator", "relevance_allocator_448", "qformer")
+    graphs = {name: repository / name / "1" / "model.onnx" for name in names}
+    given = samples(None, PARITY + 4)
+    found = feeds(given, graphs, prompts)
+    pixels, images = np.stack([pixels for pixels, _ in given]), found["vision_encoder"]["image"]
+    assert found["relevance_allocator_448"]["detail_features"].shape[:2] == (PARITY, 1024)
+    assert {len(array) for name in (*names[1:], "llm") for array in found[name].values()} == {PARITY}
+    plain = [*range(PARITY), PARITY, PARITY + 2]
+    np.testing.assert_array_equal(images[plain], pixels[plain])
+    assert len(images) == len(pixels)
+    for row in (PARITY + 1, PARITY + 3):  # the top left and the top right quarter, each pixel four times
+        half = pixels[row][:, :112, :112] if row == PARITY + 1 else pixels[row][:, :112, 112:]
+        np.testing.assert_array_equal(images[row], half.repeat(2, axis=1).repeat(2, axis=2))
+    del graphs["relevance_allocator_448"]
+    np.testing.assert_array_equal(feeds(given, graphs, prompts)["vision_encoder"]["image"], pixels)
+    assert len(feeds(given, graphs, prompts, kept=len(given))["qformer"]["attend"]) == len(given)
 
 
 def test_a_plain_list_of_questions_goes_round_the_images(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from build_engines.convert import estimate
+from build_engines.convert import devices, estimate
 from build_engines.convert.commands import resolved
 from build_engines.convert.options import (
     LLM_IMAGE,
@@ -139,6 +139,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
             vision_batch=arguments.max_batch,
             opt_batch=min(arguments.opt_batch, arguments.max_batch),
             run_in=arguments.run_in,
+            installed=devices.installed() if arguments.run_in == "here" else {},
             vision_image=arguments.vision_image,
             llm_image=arguments.llm_image,
             mount=arguments.mount,
@@ -195,13 +196,14 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as refused:
         print(f"glimpse build: {refused}", file=sys.stderr)
         return 2
-    done = {step.name for step in steps if is_done(options.work, step)}
+    device = devices.gpu() if options.profile == "tensorrt" else ""
+    done = {step.name for step in steps if is_done(options.work, step, device)}
     if given.dry_run:
         print(f"{source.name}: {source.family}, {sum(source.parameters.values()) / 1e6:.1f} M parameters")
         print(f"needs {estimate.gigabytes(needed.memory)} of memory and {estimate.gigabytes(needed.disk)} of disk")
         print(told(wanted, done, lambda step: line_of(step, options, source)))
         return 0
-    return build(options, source, root, steps, wanted)
+    return build(options, source, root, steps, wanted, device)
 
 
 def line_of(step: Step, options: Options, source: Source) -> list[str]:
@@ -220,12 +222,14 @@ def until(steps: list[Step], last: str | None) -> list[Step]:
     return steps[: names.index(last) + 1]
 
 
-def build(options: Options, source: Source, root: dict[str, Any], steps: list[Step], wanted: list[Step]) -> int:
+def build(
+    options: Options, source: Source, root: dict[str, Any], steps: list[Step], wanted: list[Step], device: str
+) -> int:
     from build_engines.convert.steps import Maker, ToolFailed, ToolMissing  # noqa: PLC0415
 
     recover(options.out)
     try:
-        run(wanted, options.work, Maker(options, source, root, steps), Bar(len(wanted)))
+        run(wanted, options.work, Maker(options, source, root, steps), Bar(len(wanted)), device)
     except (Refused, ToolFailed, ToolMissing) as error:
         print(f"glimpse build: {error}", file=sys.stderr)
         return 3

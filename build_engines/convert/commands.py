@@ -16,15 +16,17 @@ WORK = "{work}"  # the folder of all steps
 OUT = "{out}"  # the folder that the step writes
 CHECKPOINT = "{checkpoint}"
 CACHE = "{cache}"  # TensorRT's timing cache
-CACHE_FOLDER = "timing"  # below WORK, one file an image
+CACHE_FOLDER = "timing"  # below WORK, one file an image, or a version that is installed here
 
 
 def resolved(
     command: Sequence[str], options: Options, checkpoint: Path, out: Path, image: str, gpus: str = "all"
 ) -> list[str]:
     """The command line to run: in a container of `image`, or here."""
-    cache = f"{CACHE_FOLDER}/{image.rsplit('/', 1)[-1].replace(':', '_')}.cache"
-    if options.run_in != "docker":
+    is_here = options.run_in != "docker"
+    version = "_".join(["here", *options.installed.values()]) if is_here else image.rsplit("/", 1)[-1].replace(":", "_")
+    cache = f"{CACHE_FOLDER}/{version}.cache"
+    if is_here:
         work = options.work.absolute()
         places = {
             WORK: str(work),

@@ -13,12 +13,11 @@ from typing import Any
 from build_engines.convert.options import Options, Refused
 from build_engines.convert.plan import Step
 from build_engines.convert.profiles import served
-from build_engines.convert.run import DONE, digests
+from build_engines.convert.run import DONE, TOOL, digests
 from build_engines.convert.source import Source
 from build_engines.repository import Model
 
 NAME = "manifest.json"
-TOOL = "tool.json"  # of a step: what its tool reports of itself and of the GPU
 KEPT, NOT_FP8 = "kept.json", "not_fp8.json"  # of a step: nodes that keep their precision, by name, with the reason
 FORMAT = 1
 

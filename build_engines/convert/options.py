@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,14 @@ LEAST_CALIBRATION_IMAGES = 500  # with fewer, FP8 ranges depend on chance
 
 VISION_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"
 LLM_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"  # the last with TensorRT-LLM 1.2.1's engine flow
+
+
+HERE = (
+    "tensorrt",
+    "tensorrt_cu12",
+    "tensorrt_cu13",
+    "tensorrt_llm",
+)  # packages that build, if they are not in a container
 
 
 class Refused(Exception):
@@ -64,6 +73,7 @@ class Options:
     opt_batch: int = 4  # batch size that a plan is tuned for, in images
     llm: LlmEngine = field(default_factory=LlmEngine)
     run_in: str = "docker"  # where TensorRT is: a container of the serving image, or "here"
+    installed: Mapping[str, str] = field(default_factory=dict)  # versions of HERE that are installed, if it is "here"
     vision_image: str = VISION_IMAGE
     llm_image: str = LLM_IMAGE
     mount: str = "/models"  # path of the repository in the serving container

@@ -196,13 +196,13 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
             inputs = profiles.inputs_of(options, source, name)
             command = plans.command(options, inputs, folder_of(made[name]))
             yield Step(f"plan {name}", "plan", f"TensorRT plan, in {options.vision_image}", needs=(made[name],),
-                       command=command, settings={"image": options.vision_image, "run_in": options.run_in})  # fmt: skip
+                       command=command, settings=tools(options, options.vision_image))  # fmt: skip
             served[name] = f"plan {name}"
         if source.language == "llama":
             yield Step(trtllm.PLAIN, "plain", "the language model and its tokenizer as a plain Llama directory")
         for step in trtllm.commands(options, source):
             yield Step(step.name, "llm", f"{step.does}, in {options.llm_image}", needs=step.needs, command=step.command,
-                       settings={"image": options.llm_image, "run_in": options.run_in})  # fmt: skip
+                       settings=tools(options, options.llm_image))  # fmt: skip
         served["llm"] = trtllm.LAST
     yield Step(
         "repository",
@@ -220,6 +220,11 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
             },
         },
     )
+
+
+def tools(options: Options, image: str) -> dict[str, Any]:
+    """What a step's external tool depends on. A plan runs only on the exact TensorRT version that built it."""
+    return {"image": image, "run_in": options.run_in, "installed": dict(options.installed)}
 
 
 def cpu_steps(options: Options) -> dict[str, str]:

@@ -3,7 +3,8 @@
     WORK/<step>/          the step's output, and done.json: its key and the digest of every file
     WORK/<step>.partial/  left by a killed step, and removed
 
-A step is skipped if its folder has its key and every file is unchanged.
+A step is skipped if its folder has its key and every file is unchanged. It also runs again if it was made on another
+GPU than this machine's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from build_engines.convert.source import file_digest
 from build_engines.replacing import replacing
 
 DONE = "done.json"
+TOOL = "tool.json"  # of a step: what its tool reports of itself and of the GPU
 
 Make = Callable[[Step, Path], None]  # writes a step's output into the folder
 
@@ -36,11 +38,14 @@ class Watcher(Protocol):
     def finished(self, step: Step) -> None: ...
 
 
-def run(steps: Sequence[Step], work: Path, make: Make, watcher: Watcher) -> None:
-    """Run the steps that are not done. A step's error propagates; earlier steps stay done for the next run."""
+def run(steps: Sequence[Step], work: Path, make: Make, watcher: Watcher, device: str = "") -> None:
+    """Run the steps that are not done. A step's error propagates; earlier steps stay done for the next run.
+
+    `device` is as for `is_done`.
+    """
     work.mkdir(parents=True, exist_ok=True)
     for step in steps:
-        if is_done(work, step):
+        if is_done(work, step, device):
             watcher.skipped(step)
             continue
         watcher.begun(step)
@@ -61,13 +66,20 @@ def declare_done(step: Step, folder: Path) -> None:
     (folder / DONE).write_text(json.dumps(told, indent=2) + "\n")
 
 
-def is_done(work: Path, step: Step) -> bool:
-    """Whether the step's output exists with this key and is unchanged."""
+def is_done(work: Path, step: Step, device: str = "") -> bool:
+    """Whether the step's output exists with this key, is unchanged, and was not made on another GPU than `device`.
+
+    A step that ran elsewhere stays done on a machine without a GPU (`device` is empty), which could not repeat it.
+    """
+    folder = work / step.folder
     try:
-        done = json.loads((work / step.folder / DONE).read_text())
-        return bool(done["key"] == step.key and done["outputs"] == digests(work / step.folder))
+        done = json.loads((folder / DONE).read_text())
+        if done["key"] != step.key or done["outputs"] != digests(folder):
+            return False
+        made_on = json.loads((folder / TOOL).read_text()).get("device", "") if (folder / TOOL).exists() else ""
     except (OSError, ValueError, KeyError):
         return False
+    return not (device and made_on) or made_on == device
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -22,11 +22,22 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from build_engines import left_out
-from build_engines.convert import agreement, commands, integers, parity, plans, precision, profiles, samples, trtllm
-from build_engines.convert.manifest import KEPT, NAME, NOT_FP8, TOOL, manifest, write
+from build_engines.convert import (
+    agreement,
+    commands,
+    devices,
+    integers,
+    parity,
+    plans,
+    precision,
+    profiles,
+    samples,
+    trtllm,
+)
+from build_engines.convert.manifest import KEPT, NAME, NOT_FP8, manifest, write
 from build_engines.convert.options import GPU_PRECISIONS, Options, Refused
 from build_engines.convert.plan import Step, folder_of
-from build_engines.convert.run import DONE
+from build_engines.convert.run import DONE, TOOL
 from build_engines.convert.source import Source
 from build_engines.convert.static import static_graphs
 from build_engines.export import Graph, card, export_graph, graphs
@@ -233,7 +244,7 @@ class Maker:
         said = self._tool(step, out)
         with (out / PLAN).open("rb") as plan:
             version = plans.version_of_plan(plan.read(plans.HEADER_BYTES))
-        (out / TOOL).write_text(json.dumps({"tensorrt": version} | gpu_of(said)))
+        (out / TOOL).write_text(json.dumps({"tensorrt": version} | gpu_of(said) | made_on()))
 
     def make_llm(self, step: Step, out: Path) -> None:
         self._tool(step, out)
@@ -357,6 +368,11 @@ def gpu_of(said: str) -> dict[str, str]:
     """What `trtexec` reports about the GPU."""
     found = {"gpu": GPU_NAME, "compute_capability": COMPUTE_CAPABILITY}
     return {name: match.group(1).strip() for name, pattern in found.items() if (match := pattern.search(said))}
+
+
+def made_on() -> dict[str, str]:
+    """The GPU of this machine, for `tool.json`."""
+    return {"device": found} if (found := devices.gpu()) else {}
 
 
 def _version_there(python: str, package: str) -> str:

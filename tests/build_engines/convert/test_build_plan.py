@@ -436,6 +436,33 @@ def test_a_command_names_the_same_folders_here_and_in_a_container() -> None:
     assert not any("{" in word for word in [*there, *here])
 
 
+def test_a_plan_that_is_built_here_depends_on_the_tensorrt_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def asked(version: str, where: str) -> Options:
+        monkeypatch.syspath_prepend(package("tensorrt", version))
+        return options_of(parser().parse_args(["blip", "--out", "/out", "--profile", "tensorrt", "--run-in", where]))
+
+    def package(name: str, version: str) -> Path:
+        told = tmp_path / version / f"{name}-{version}.dist-info"
+        told.mkdir(parents=True, exist_ok=True)
+        (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        return told.parent
+
+    for where in ("here", "docker"):
+        old, new = (asked(version, where) for version in ("10.14.1.48", "10.15.0.7"))
+        before, after = (keys(plan(each, source(), ROOT)) for each in (old, new))
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed == (
+            {"plan vision_encoder", "plan relevance_allocator", "plan qformer", "llm convert", "llm engine",
+             "repository"} if where == "here" else set()
+        )  # fmt: skip
+        line = plans.command(new, INPUTS, "fp16-qformer")
+        (cache,) = {word.split("=")[-1] for word in commands.resolved(line, new, Path("/c"), Path("/o"), "a/b:26.07")
+                    if word.endswith(".cache")}  # fmt: skip
+        assert ("here_10.15.0.7" in cache) == (where == "here")
+
+
 def test_a_container_reaches_what_a_checkpoint_of_the_hubs_cache_links_to() -> None:
     kept = Path("/cache/models--Salesforce--blip2-opt-2.7b")
     convert = next(trtllm.commands(options(), source())).command

@@ -10,10 +10,37 @@ from pathlib import Path
 
 import pytest
 
+from build_engines.convert import devices
 from build_engines.convert.__main__ import code_files
 from build_engines.convert.plan import Step, keyed
-from build_engines.convert.run import digests, is_done, publish, run
+from build_engines.convert.run import TOOL, digests, is_done, publish, run
 from build_engines.replacing import recover
+
+
+def test_a_plan_of_another_gpu_is_made_again_where_there_is_one(tmp_path: Path) -> None:
+    (step,) = keyed([Step("plan a", "write", "", settings={"text": "a"})], {})
+
+    def write(_: Step, out: Path) -> None:
+        (out / TOOL).write_text(json.dumps({"tensorrt": "10.14.1.48", "device": "H200, 9.0"}))
+
+    run([step], tmp_path, write, Log(), "H200, 9.0")
+    assert is_done(tmp_path, step, "H200, 9.0")
+    assert is_done(tmp_path, step, "")  # a machine without a GPU could not repeat it
+    assert not is_done(tmp_path, step, "L40S, 8.9")
+    log = Log()
+    run([step], tmp_path, write, log, "L40S, 8.9")
+    assert log.told[0] == ("begun", "plan a")
+
+
+def test_the_gpu_is_what_the_driver_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert devices.gpu() == ""
+    tool = tmp_path / "nvidia-smi"
+    for script, told in (("echo 'NVIDIA H200, 9.0'; echo 'NVIDIA L40S, 8.9'", "NVIDIA H200, 9.0"), ("exit 9", "")):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        assert devices.gpu() == told
+
 
 PHASES = ("begun", "made", "finished")
 

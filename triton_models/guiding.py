@@ -13,6 +13,8 @@ from service.text.guides import Guides
 from service.text.prompt import load_tokenizer, token_bytes
 from triton_models.batcher import Closed, QueueFull, Sequence
 
+UNLOADING = "the model is being unloaded"
+
 
 class Guiding:
     """Compile on a thread of its own, one guide at a time, in the order of arrival.
@@ -52,7 +54,7 @@ class Guiding:
             )
         with self._work:
             if self._is_closed:
-                raise Closed("the model is being unloaded")
+                raise Closed(UNLOADING)
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFull(f"Exceeds maximum queue size {self._max_waiting}")
             self._waiting.append(sequence)
@@ -79,9 +81,10 @@ class Guiding:
             self._fail_all(RuntimeError(f"the tokenizer {self._tokenizer.name} cannot be read: {error}"))
             return
         while (sequence := self._next()) is not None:
+            if self._is_closed:
+                self._refuse(sequence, Closed(UNLOADING))
+                continue
             try:
-                if self._is_closed:
-                    raise Closed("the model is being unloaded")
                 guide = sequence.sampling.guide
                 if guide is not None and not sequence.cancelled and (known := guides.known(guide)) is not None:
                     sequence.guide = known

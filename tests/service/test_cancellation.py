@@ -165,16 +165,25 @@ async def test_who_leaves_gives_everything_back_and_the_next_one_has_it(service,
     assert service.holds_nothing()
 
 
-async def test_who_leaves_while_it_attends_tells_nothing_of_how_long_an_answer_takes(service):
+@pytest.mark.parametrize(
+    ("station", "resource"),
+    [
+        (decoding, Resource.VISION),
+        (attending, Resource.LLM),
+        (prefilling, Resource.LLM),
+        (writing, Resource.LLM),
+    ],
+)
+async def test_who_leaves_before_its_work_is_done_tells_nothing_of_how_long_it_takes(service, station, resource):
     """Claims that cannot end in time are refused by the shortest time that one was held for a whole answer."""
-    caller = await attending(service)
-    scheduler = service.house.admission.scheduler
-    scheduler._pools[Resource.LLM].least_s = 5.0
+    caller = await station(service)
+    pool = service.house.admission.scheduler._pools[resource]
+    pool.least_s = 5.0
     await caller.leave()
-    service.house.vision.gate.set()
+    for event in (service.reader.gate, service.house.vision.gate, service.house.language.gate):
+        event.set()
     await until(service.holds_nothing)
-    assert scheduler._pools[Resource.LLM].least_s == 5.0
-    service.reader.close()
+    assert pool.least_s == 5.0
 
 
 async def test_who_leaves_while_its_closer_view_is_encoded_gives_its_slots_back():

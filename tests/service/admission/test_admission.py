@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from benchmarks.bench.orders import Fifo
 from service.admission.admission import (
+    ENCODER_FILLS,
     MAX_LAG_S,
     OBSERVE_S,
     READ_REFUSAL_S,
@@ -269,6 +270,33 @@ async def test_only_an_answer_tells_how_long_answers_take(answered):
             raise ValueError
     assert (house.contention.own_s > 0) == answered
     assert len(house.contention) == 0
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "answered", "narrows"), [(0.02, False, True), (0.02, True, False), (100, False, False)]
+)
+async def test_a_request_that_fails_past_its_deadline_narrows_the_limit_and_no_other_does(timeout_s, answered, narrows):
+    house = admission(Metrics())
+    with suppress(ValueError), house.reservation("") as reservation:
+        now = time.monotonic()
+        await reservation.enter(Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s))
+        await until(lambda: time.monotonic() >= now + min(timeout_s, 0.02))
+        if not answered:
+            raise ValueError
+    assert house.limit.is_narrow == narrows
+
+
+@pytest.mark.parametrize(("told", "slots"), [(None, 4 * ENCODER_FILLS), (5, 5)])
+def test_as_many_images_are_in_work_as_keep_the_encoder_busy_and_the_widest_limit_has_room_for_all(told, slots):
+    house = Admission(Settings(vision_slots=told), Engines(encoder_images=4, llm_rows=7), CARD.max_positions, Metrics())
+    now = time.monotonic()
+    images = [Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + 100, request=object()) for _ in range(20)]
+    answers = [Claim(Resource.LLM, house.row_tokens, Kind.FOLLOW_UP, now, now + 100, request=object()) for _ in images]
+    for claim in images + answers:
+        house.scheduler.submit(claim, now)
+    house.schedule(now)
+    granted = [sum(claim.granted_at is not None for claim in claims) for claims in (images, answers)]
+    assert granted == [slots, 7]
 
 
 LATE_S = 2 * MAX_LAG_S

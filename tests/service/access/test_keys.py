@@ -209,6 +209,31 @@ async def test_changes_at_the_same_time_all_count_in_redis(redis_server):
     assert (await KeysInRedis(redis_server.url).loaded()).tenants == {"acme": Limits(7, 7, 7, 7, 7)}
 
 
+class Source:
+    """Keys that do not change, and that cannot be read while there is a fault."""
+
+    fault: KeysError | None = None
+
+    async def changed(self) -> Keyring | None:
+        if self.fault is not None:
+            raise self.fault
+        return None
+
+    async def run(self) -> None: ...
+
+
+async def test_keys_that_can_be_read_again_and_did_not_change_meanwhile_are_told_as_readable_once():
+    source, metrics = Source(), Metrics()
+    gate = Gate(source, metrics, first=Keyring())
+    readable = [sample(metrics, "glimpse_keys_readable")]
+    with capture_logs() as logs:
+        for source.fault in (KeysError("gone"), KeysError("gone"), KeysError("not JSON"), None, None):
+            await gate.look()
+            readable.append(sample(metrics, "glimpse_keys_readable"))
+    assert readable == [1, 0, 0, 0, 1, 1]
+    assert [line["event"] for line in logs] == ["keys_not_read", "keys_not_read", "keys_read_again"]
+
+
 async def test_keys_that_were_made_again_in_an_emptied_redis_are_noticed(redis_server):
     """As many changes were made as before, so that a counter of them would be the same."""
     source = KeysInRedis(redis_server.url)

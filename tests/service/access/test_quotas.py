@@ -14,9 +14,21 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.access import quotas
 from service.access.keys import Keyring, Limits
 from service.access.quotas import Bucket, LimitedAccount, Quotas, in_words
-from service.access.windows import LEASE_S, Hit, SharedWindows, Windows, give_back, hit, left_of, wait_s
+from service.access.windows import (
+    FORGOTTEN_S,
+    GATEWAYS,
+    LEASE_S,
+    Hit,
+    SharedWindows,
+    Windows,
+    give_back,
+    hit,
+    left_of,
+    wait_s,
+)
 from service.cache.redis_client import close_counters, counters
 from service.core.access import UNLIMITED, Use
 from service.edges.grpc.stubs import vqa_pb2 as pb
@@ -91,6 +103,11 @@ def test_the_wait_is_until_the_cost_fits(room, before, before_ends_s, current, c
 def test_what_is_left_counts_the_earlier_window_by_its_part():
     left = left_of(10, 1, before=6, before_ends_s=20.0, current=3, current_ends_s=80.0)
     assert (left.remaining, left.reset_s) == (5, 80.0)
+
+
+@pytest.mark.parametrize(("before", "current", "reset_s"), [(6, 3, 80.0), (0, 3, 80.0), (6, 0, 20.0), (0, 0, 0.0)])
+def test_all_of_a_limit_is_there_again_when_the_last_window_that_counts_has_ended(before, current, reset_s):
+    assert left_of(10, 1, before, 20.0, current, 80.0).reset_s == reset_s
 
 
 def test_without_limits_nothing_is_counted():
@@ -237,6 +254,58 @@ async def test_a_tenant_and_a_key_have_limits_of_their_own(tmp_path: Path):
         assert [(await ask(other)).status_code for _ in range(2)] == [200, 429]
 
 
+async def test_who_ends_leaves_its_places_of_the_tenant_and_of_the_key_and_so_does_who_gets_only_one(tmp_path: Path):
+    keys = Keys(tmp_path)
+    narrow, wide = keys.make("acme", limits=Limits(concurrent_requests=1)), keys.make("acme")
+    async with calling(keys=str(keys.path), quota_concurrent_requests=2) as caller:
+
+        async def ask(key: str) -> httpx.Response:
+            return await caller.http.post("/v1/vqa", json=ASKED, headers=bearer(key))
+
+        caller.house.language.gate.clear()
+        asked = [asyncio.create_task(ask(narrow))]
+        await until(lambda: caller.house.language.open == 1)
+        assert "your API key has 1 open requests" in fault(await ask(narrow), 429)["message"]
+        asked.append(asyncio.create_task(ask(wide)))  # in the place that the refused one had of the tenant's
+        await until(lambda: caller.house.language.open == 2)
+        assert "your tenant has 2 open requests" in fault(await ask(narrow), 429)["message"]
+        caller.house.language.gate.set()
+        assert [(await each).status_code for each in asked] == [200, 200]
+        assert [(await ask(narrow)).status_code for _ in range(3)] == [200] * 3
+
+
+@pytest.mark.parametrize(("tenants", "keys_own"), [(3, 10), (10, 3)])
+async def test_the_headers_tell_of_the_limit_that_has_least_left(tmp_path: Path, tenants, keys_own):
+    keys = Keys(tmp_path)
+    key = keys.make("acme", limits=Limits(requests_per_minute=keys_own))
+    async with calling(keys=str(keys.path), quota_requests_per_minute=tenants) as caller:
+        told = (await caller.http.post("/v1/vqa", json=ASKED, headers=bearer(key))).headers
+        assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-remaining-requests"]) == ("3", "2")
+
+
+async def test_settlements_that_nobody_does_are_lost_at_some_number_and_counted(monkeypatch):
+    monkeypatch.setattr(quotas, "MOST_BEHIND", 2)
+    house, done = House(quota_requests_per_minute=1), []
+
+    async def work() -> None:
+        done.append(1)
+
+    for _ in range(5):
+        house.quotas.later(work)
+    assert house.counted("glimpse_quota_settlements_lost_total") == 3
+    await house.quotas.settle()
+    assert len(done) == 2
+    house.reader.close()
+
+
+async def test_a_gateway_that_was_told_of_others_gives_its_part_of_the_places():
+    windows = Windows(gateways=2)
+    assert [await windows.take("tenant/acme", 3) for _ in range(3)] == [True, True, False]
+    assert await windows.take("tenant/other", 3)
+    windows.leave("tenant/acme")
+    assert [await windows.take("tenant/acme", 3) for _ in range(2)] == [True, False]
+
+
 async def test_without_redis_a_gateway_allows_its_part_of_the_gateways_that_it_was_told():
     async with calling(quota_requests_per_minute=5, quota_gateways=2) as caller:
         assert await statuses(caller, times=5) == {200: 3, 429: 2}
@@ -306,6 +375,21 @@ def test_what_is_given_back_is_no_credit_in_the_next_minute():
     asyncio.run(found.back(100))
     assert hit(100).fits
     assert not hit(1).fits
+
+
+def test_a_minute_that_ended_a_minute_ago_counts_no_more():
+    now = [59.0]
+    windows = Windows(clock=lambda: now[0])
+
+    def fits(cost: int) -> bool:
+        return asyncio.run(windows.hit("tenant/acme", "requests", 10, cost)).fits
+
+    assert fits(10)
+    now[0] = 119.0
+    assert fits(9)  # the first minute counts by a sixtieth
+    now[0] = 240.0  # nobody asked for a whole minute
+    assert fits(10)
+    assert not fits(1)
 
 
 def test_a_clock_that_goes_back_gives_no_quota_again():
@@ -385,9 +469,28 @@ async def test_places_are_counted_over_gateways_and_survive_a_redis_that_is_gone
         assert (await one.ask()).status_code == 200
 
 
-def shared_windows(caller: Caller, redis_server: RedisServer, lease_s: int) -> SharedWindows:
+def shared_windows(
+    caller: Caller, redis_server: RedisServer, lease_s: int = LEASE_S, gateways: int | None = None
+) -> SharedWindows:
     house = caller.house
-    return SharedWindows(redis_server.url, house.shared, house.metrics, timeout_s=5.0, gateways=None, lease_s=lease_s)
+    return SharedWindows(
+        redis_server.url, house.shared, house.metrics, timeout_s=5.0, gateways=gateways, lease_s=lease_s
+    )
+
+
+@pytest.mark.parametrize(("told", "found"), [(None, 2), (5, 5)])
+async def test_gateways_that_are_gone_count_no_more_and_a_number_that_the_operator_says_stays(
+    redis_server, told, found
+):
+    async with calling(redis_url=redis_server.url) as caller:
+        windows = shared_windows(caller, redis_server, gateways=told)
+        running = asyncio.create_task(windows.run())
+        now = redis_server.client.time()[0]
+        redis_server.client.zadd(GATEWAYS, {"there": now - FORGOTTEN_S / 2, "gone": now - 12})
+        await windows.beat()
+        assert redis_server.client.zcard(GATEWAYS) == 2
+        assert windows.gateways == caller.house.counted("glimpse_quota_gateways") == found
+        await cancelled(running)
 
 
 async def test_open_requests_count_as_long_as_their_gateway_is_there(redis_server):

@@ -1,8 +1,10 @@
-"""Keep requests from a Triton that fails, and try it again after a pause.
+"""Keep requests from a Triton that fails, and have it tried again after a pause.
 
 closed     requests pass. FAILURES_TO_OPEN failures in a row open it.
-open       no request passes until the pause is over. Each failed trial doubles the pause.
-half-open  one trial passes. Its success closes the breaker, its failure opens it again.
+open       no request passes, and no success closes it until the pause is over.
+half-open  no request passes. The next success, of a probe, closes it. A failure opens it again, with a longer pause.
+
+If no Triton's breaker is closed, requests pass nevertheless: see `Group.pick` in service/upstreams/pool.py.
 """
 
 from __future__ import annotations
@@ -31,27 +33,11 @@ class Breaker:
     _until: float | None = None  # when the pause is over; None while closed
     _pause_s: float = 0.0
     _closed_at: float = -math.inf
-    _trial: bool = False  # a trial is under way
 
     def state(self, now: float) -> State:
         if self._until is None:
             return State.CLOSED
         return State.OPEN if now < self._until else State.HALF_OPEN
-
-    def allows(self, now: float) -> bool:
-        """Return whether a call may begin now."""
-        match self.state(now):
-            case State.CLOSED:
-                return True
-            case State.OPEN:
-                return False
-            case State.HALF_OPEN:
-                return not self._trial
-
-    def begin(self, now: float) -> None:
-        """Record that a call begins. While half-open it is the trial."""
-        if self.state(now) is State.HALF_OPEN:
-            self._trial = True
 
     def succeeded(self, now: float) -> None:
         """Record that a call succeeded. One that began before the breaker opened does not close it."""
@@ -59,7 +45,7 @@ class Breaker:
             case State.CLOSED:
                 self._failures = 0
             case State.HALF_OPEN:
-                self._failures, self._until, self._closed_at, self._trial = 0, None, now, False
+                self._failures, self._until, self._closed_at = 0, None, now
 
     def failed(self, now: float, chance: float = 0.5) -> None:
         """Record that a call failed. While open, calls that began before may still fail: they change nothing."""
@@ -70,8 +56,3 @@ class Breaker:
         was_steady = state is State.CLOSED and now - self._closed_at >= STEADY_S
         self._pause_s = LEAST_PAUSE_S if was_steady else min(max(2 * self._pause_s, LEAST_PAUSE_S), MOST_PAUSE_S)
         self._until = now + self._pause_s * (1 - JITTER + 2 * JITTER * chance)
-        self._trial = False
-
-    def left(self) -> None:
-        """Record that a call ended without telling anything, for example because its caller went away."""
-        self._trial = False

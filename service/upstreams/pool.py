@@ -294,7 +294,6 @@ class Pool:
         """
         begun = time.monotonic()
         most_s = self._most(left_s, spent.spent_s(begun))
-        member.breaker.begin(begun)
         spent.enter(begun)
         outcome = "left"
         try:
@@ -324,18 +323,14 @@ class Pool:
                 if kind != WHOLE_ANSWER:
                     balance.measured(member.load, kind, now - begun, now)
             case "late":
-                if self._first_token_s is not None and now - begun < self._first_token_s / 2:
-                    member.breaker.left()  # the attempt's earlier calls took most of the budget
-                else:
+                # If it was shorter, the attempt's earlier calls took most of the budget.
+                if self._first_token_s is None or now - begun >= self._first_token_s / 2:
                     member.breaker.failed(now, random.random())
                     balance.measured(member.load, kind, now - begun, now)
             case "failed":
                 member.breaker.failed(now, random.random())
             case "overloaded":
-                member.breaker.left()
                 member.load.measure(OVERLOADED, now)
-            case _:
-                member.breaker.left()
         if member.address in self._clients:  # else its series is gone
             self._metrics.upstream_calls.labels(self.variant, member.address, outcome).inc()
 

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.upstreams.balance import EJECTION_S, FORGET_S, FORGIVEN_S, LEAST_CALLS, MOST_EJECTED, Balance, Load
+from service.upstreams.balance import (
+    EJECTION_S,
+    FORGET_S,
+    FORGIVEN_S,
+    LEAST_CALLS,
+    MOST_EJECTED,
+    MOST_EJECTION_S,
+    Balance,
+    Load,
+)
 
 SIZES = st.integers(1, 6)
 
@@ -77,6 +86,38 @@ def test_each_ejection_is_longer_until_the_last_one_is_long_ago():
     assert [ejection(now) for now in (0.0, 10.0, 30.0)] == [EJECTION_S, 2 * EJECTION_S, 3 * EJECTION_S]
     assert ejection(45.0 + FORGIVEN_S) == 4 * EJECTION_S
     assert ejection(66.0 + 2 * FORGIVEN_S) == EJECTION_S
+
+
+def test_no_ejection_is_longer_than_the_longest():
+    load, now, spans = Load(), 0.0, []
+    for _ in range(20):
+        load.eject(now)
+        spans.append(load.ejected_until - now)
+        now = load.ejected_until
+    assert spans == sorted(spans)
+    assert spans[-1] == MOST_EJECTION_S
+
+
+@pytest.mark.parametrize(("others", "is_ejected"), [((1, 5, 5), False), ((1, 1, 5), True), ((5, 5, 1), False)])
+def test_one_is_slow_by_what_is_usual_of_the_others_and_not_by_the_fastest(others, is_ejected):
+    slow = Load(calls=LEAST_CALLS, _slowness=6.0, _measured=0.0)
+    balance = Balance([slow, *(Load(_slowness=each, _measured=0.0) for each in others)], {"see": 0.1})
+    balance.measured(slow, "see", 0.6, 0.0)
+    assert slow.is_ejected(0.0) == is_ejected
+
+
+@pytest.mark.parametrize("seconds", [10.0, 0.00001])
+def test_what_an_ejected_triton_still_answers_is_typical_of_nothing(seconds):
+    """It began before, or all that may be asked are ejected."""
+    balance = group(2)
+    slow, fast = balance.loads
+    answer(balance, fast, 0.01, 0.0, 20)
+    answer(balance, slow, 0.4, 0.0, LEAST_CALLS)
+    answer(balance, slow, seconds, 1.0, 500)
+    answer(balance, fast, 0.01, EJECTION_S, 20)
+    assert fast.slowness(EJECTION_S) == pytest.approx(1, abs=0.1)
+    answer(balance, slow, 0.4, EJECTION_S, 20)
+    assert slow.is_ejected(EJECTION_S)
 
 
 def test_few_slow_calls_eject_nobody():

@@ -17,6 +17,7 @@ from service.core.models import Generation
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
 from service.telemetry.metrics import Metrics
+from service.upstreams import balance
 from service.upstreams.balance import LEAST_CALLS, Balance
 from service.upstreams.breaker import FAILURES_TO_OPEN
 from service.upstreams.pool import Pool
@@ -108,7 +109,8 @@ async def test_a_failed_call_goes_to_the_other_triton(fault):
     assert setting.counted("upstream_retries_total", result="made") > 0
 
 
-async def test_a_triton_that_fails_gets_no_calls_until_a_probe_finds_it_well():
+async def test_a_triton_that_fails_gets_no_calls_until_a_probe_finds_it_well(monkeypatch):
+    monkeypatch.setattr(balance, "LEAST_EXCESS_S", 100.0)  # a busy machine makes the other one slow
     setting = await Setting().started()
     setting.tritons[A].fault = Unavailable("gone")
     for _ in range(40):
@@ -123,6 +125,43 @@ async def test_a_triton_that_fails_gets_no_calls_until_a_probe_finds_it_well():
     await setting.pool.probe(1.0)
     assert setting.pool.faults() == {}
     assert setting.counted("upstream_ready", upstream=A) == 1
+
+
+async def test_a_triton_whose_queue_is_full_looks_slow_and_is_not_out():
+    setting = await Setting(A).started()
+    setting.tritons[A].fault = Overloaded("its queue is full")
+    for _ in range(2 * FAILURES_TO_OPEN):
+        with pytest.raises(Overloaded):
+            await setting.see()
+    assert setting.pool.faults() == {}
+    assert setting.pool.vision.members[A].load.slowness(time.monotonic()) > 2
+    assert setting.counted("upstream_calls_total", upstream=A, outcome="overloaded") == 2 * FAILURES_TO_OPEN
+
+
+async def test_a_triton_that_fails_in_the_middle_of_several_answers_is_out():
+    setting = await Setting(A).started()
+    triton = setting.tritons[A]
+    triton.fault, triton.fails_after = Unavailable("gone"), 1
+    answers = [setting.pool.generate(generation(), timeout_s=5.0) for _ in range(FAILURES_TO_OPEN)]
+    for each in answers:
+        await anext(each)
+    assert setting.pool.faults() == {}
+    for each in answers:
+        with pytest.raises(Unavailable):
+            await anext(each)
+    assert setting.pool.faults() == {A: "requests to it fail"}
+
+
+async def test_a_call_whose_time_is_over_is_not_tried_again():
+    setting = await Setting().started()
+    for triton in setting.tritons.values():
+        triton.fault = Unavailable("gone")
+    with pytest.raises(Unavailable):
+        await setting.see(timeout_s=0.0)
+    with pytest.raises(Unavailable):
+        await anext(setting.pool.generate(generation(), timeout_s=0.0))
+    assert setting.calls().total() == sum(len(triton.generations) for triton in setting.tritons.values()) == 1
+    assert setting.counted("upstream_retries_total", result="made") == 0
 
 
 async def test_a_fault_of_the_models_is_no_reason_to_ask_another_triton_of_the_same():
@@ -395,10 +434,13 @@ async def test_a_name_that_cannot_be_looked_up_keeps_its_own_addresses(monkeypat
 async def test_a_long_answer_that_comes_whole_makes_no_triton_look_slow(monkeypatch, streaming, measurements):
     setting = await Setting().started()
     measured = []
-    monkeypatch.setattr(Balance, "measured", lambda _, load, *__: measured.append(load))
+    monkeypatch.setattr(Balance, "measured", lambda balance, *_: measured.append(balance))
     await setting.generate(streaming=streaming)
     assert len(measured) == measurements
-    assert sum(setting.counted("upstream_calls_total", outcome="ok", upstream=each) for each in (A, B)) == 1
+    await setting.see()
+    vision, llm = setting.pool.vision.balance, setting.pool.llm.balance
+    assert list(map(id, measured)) == list(map(id, [llm] * measurements + [vision]))
+    assert sum(setting.counted("upstream_calls_total", outcome="ok", upstream=each) for each in (A, B)) == 2
 
 
 async def test_a_closed_pool_answers_nothing():

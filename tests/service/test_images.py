@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
@@ -18,7 +19,7 @@ from service.access.keys import Limits
 from service.cache import shared_images
 from service.cache.keys import FeatureKey
 from service.cache.redis_tier import flight_key
-from service.cache.shared_images import DELETED, image_in, key_of, record_of
+from service.cache.shared_images import DELETED, LATE_S, OVERLAP_S, image_in, key_of, record_of
 from service.core.errors import Overloaded, TooLarge
 from service.core.vision import IMAGE_SIZE
 from service.images import READS, InUse
@@ -149,6 +150,43 @@ async def test_deletions_that_are_remembered_are_bounded(redis_server, monkeypat
         fault(await one.http.delete(f"/v1/images/{image}"), 404)
         await until(lambda: two.house.pipeline.images.store.get(image, 0.0) is None)
         assert redis_server.client.zcard(DELETED) == 3
+
+
+async def test_images_are_dropped_only_while_too_many_bytes_wait_to_be_written(redis_server, monkeypatch):
+    monkeypatch.setattr(shared_images, "MOST_UNWRITTEN_BYTES", 2 * len(SECRET))
+    async with calling(redis_url=redis_server.url, redis_timeout_s=5.0) as caller:
+        shared = caller.house.shared_images
+
+        def written(result: str) -> float:
+            return caller.house.counted("glimpse_image_writes_total", result=result)
+
+        for turn in range(3):
+            for number in range(3):
+                shared.put_behind(f"{turn}-{number}", SECRET)
+            await until(lambda turn=turn: written("kept") == 2 * turn + 2)
+            assert written("dropped") == turn + 1
+        keys = {key.decode() for key in redis_server.client.keys("glimpse:1:image:*")}
+        assert keys == {key_of(f"{turn}-{number}") for turn in range(3) for number in range(2)}
+
+
+async def test_a_deletion_by_a_gateway_whose_clock_is_late_is_noticed(redis_server):
+    async with calling(redis_url=redis_server.url, redis_timeout_s=5.0) as caller:
+        images = caller.house.pipeline.images
+        image = await caller.send(SECRET)
+        await caller.house.shared_images.look()
+        redis_server.client.zadd(DELETED, {address_of("", image): time.time() - OVERLAP_S + 5})
+        await until(lambda: images.store.get(image, 0.0) is None)
+
+
+async def test_a_deletion_is_remembered_longer_than_an_image_that_another_gateway_puts_back_late(redis_server):
+    async with calling(redis_url=redis_server.url, redis_timeout_s=5.0, image_ttl_s=100) as caller:
+        now, shared = time.time(), caller.house.shared_images
+        redis_server.client.zadd(DELETED, {"late": now - 100 - LATE_S + 20, "over": now - 100 - LATE_S - 20})
+        await shared.delete("now")
+        assert set(redis_server.client.zrange(DELETED, 0, -1)) == {b"late", b"now"}
+        assert redis_server.client.pttl(DELETED) == pytest.approx(1e3 * (100 + LATE_S), abs=10_000)
+        redis_server.client.set(key_of("late"), record_of("late", SECRET))
+        assert await shared.find("late") is None
 
 
 async def test_without_redis_ids_are_this_gateways_and_it_says_so():

@@ -4,7 +4,9 @@ Requests go in, responses come out: one a token, but where a test sets `stream_i
 """
 
 import json
+import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Span, StatusCode
-from triton_python_backend_utils import InferenceRequest, MetricFamily, start_arguments
+from triton_python_backend_utils import InferenceRequest, MetricFamily, ResponseSender, start_arguments
 
 from service.core.card import ModelCard
 from service.core.request import Sampling
@@ -207,6 +209,23 @@ def test_tokens_that_waited_are_sent_before_an_error():
     assert "out of memory" in parts[2][0].error.message()
 
 
+@pytest.mark.parametrize("code", ["INTERNAL", None])
+def test_a_caller_that_wants_its_answer_whole_gets_no_part_of_it_before_an_error_or_a_stop(code):
+    sender = InferenceRequest({}, [], "").sender
+    caller = Caller(sender, ("output_ids",), streaming=False)
+    sequence = Sequence("", prompt=None, sampling=Sampling(), end_id=-1)
+    for token in (3, 4):
+        caller.say(Event(sequence, token, 0.0, False, generated=token - 2))
+    if code is None:
+        caller.say(Event(sequence, None, 0.0, True))
+    else:
+        caller.say(Event(sequence, None, 0.0, True, "decode step failed: out of memory", code))
+    response, final = sender.next()
+    assert final
+    assert response is None if code is None else "out of memory" in response.error.message()
+    assert sender.sent.empty()
+
+
 def test_tokens_that_waited_are_sent_before_a_stop():
     model = start(stream_interval_ms="60000")
     asked = request("a", max_tokens=280)
@@ -246,6 +265,30 @@ def test_a_cancelled_request_ends_within_eight_tokens(model):
     asked.sender.cancelled = True
     model.execute([asked])
     assert len(tokens(asked)) <= 8
+
+
+class Forgotten(ResponseSender):
+    """Of a request that Triton knows no more."""
+
+    def is_cancelled(self) -> bool:
+        raise RuntimeError("unknown request")
+
+
+def test_a_request_that_triton_has_forgotten_ends_within_eight_tokens(model):
+    asked = request(max_tokens=280)
+    asked.sender = Forgotten()
+    model.execute([asked])
+    assert len(tokens(asked)) <= 8
+
+
+def test_no_more_is_decoded_for_a_caller_that_cannot_be_told():
+    model = start(max_rows="1")
+    broken, fine = request(max_tokens=280), request(max_tokens=3)
+    broken.sender.broken = True
+    model.execute([broken, fine])
+    assert len(tokens(fine)) == 3
+    model.finalize()
+    assert MetricFamily.latest["glimpse_llm_tokens_total"].value < 140  # a busy machine may tell of a failure late
 
 
 def test_a_caller_that_cannot_be_told_ends_its_own_request_only(model):
@@ -355,6 +398,22 @@ def test_a_wrong_request_is_told_what_is_wrong(model, inputs, message):
     assert len(tokens(fine)) == 2
 
 
+def test_the_models_threads_yield_the_cores_as_they_are_told():
+    """On Linux the niceness is a thread's own. What one has given up, it may not take back."""
+    found: list[int] = []
+
+    def load() -> None:
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        model = start(nice="3")
+        found.extend(os.getpriority(os.PRIO_PROCESS, each) - before for each in (0, model._loop.native_id))
+        model.finalize()
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert found == [3, 3] or os.getpriority(os.PRIO_PROCESS, 0) > 16
+
+
 def test_a_repository_without_a_card_fails_the_load(tmp_path):
     shutil.copytree(REPOSITORY / "llm", tmp_path / "llm")
     model = TritonPythonModel()
@@ -423,6 +482,17 @@ def test_a_guide_that_becomes_too_complex_is_the_callers_to_mend(model):
     assert told.code == "INVALID_ARG"
     assert told.message().startswith("INVALID_ARGUMENT: guided_decoding_guide became too complex")
     assert len(tokens(other)) == 20
+
+
+def test_stop_ends_a_request_whose_guide_is_not_compiled_yet(model):
+    asked, other = (guided("regex", "[a-z]{200}", request_id=name, max_tokens=250) for name in ("a", "b"))
+    with model._guiding._work:  # nothing is compiled meanwhile
+        model.execute([asked, other])
+        stop = request("a", stop=np.array([[True]]))
+        model.execute([stop])
+    assert list(responses(stop)) == [None]
+    assert list(responses(asked)) == [None]
+    assert len(tokens(other)) > 20
 
 
 def test_a_guided_request_behind_the_end_is_told(model):

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -265,6 +265,20 @@ def test_a_repetition_penalty_counts_what_the_decoder_has_read(family: Family) -
     said = in_one_batcher(family, [Wish(number, penalty=1.7) for number in range(len(QUESTIONS))], Limits(), 1)
     assert said == of_transformers(family, repetition_penalty=1.7)
     assert said != of_transformers(family)
+
+
+def test_a_row_that_is_not_finite_is_scrubbed_and_the_shorter_one_after_it_reads_as_if_alone(family: Family) -> None:
+    """What is behind the end of the shorter one's prompt is masked by a weight of 0, and 0 * NaN is NaN."""
+    beside, longest, shortest = seen(family, PromptBuilder.load(family.card, family.repository))
+    assert longest.input_ids.size > shortest.input_ids.size
+    poisoned = replace(longest, visual_tokens=np.full_like(longest.visual_tokens, np.nan))
+    decoder, alone = opened(family, max_rows=2), opened(family, max_rows=1)
+    decoder.prefill([beside, poisoned], [decoder.recall(each) for each in (beside, poisoned)])
+    decoder.scrub(1)
+    decoder.drop(1)
+    expected, found = (each.prefill([shortest], [each.recall(shortest)]) for each in (alone, decoder))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(decoder.step(np.array([5, 6]))[1:], alone.step(np.array([6])), atol=1e-4)
 
 
 def test_the_card_says_what_the_gateway_needs_to_know(family: Family) -> None:

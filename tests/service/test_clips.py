@@ -34,9 +34,12 @@ from service.core.errors import (
     TooLarge,
 )
 from service.core.estimate import Estimate
+from service.core.payer import current
 from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Request, Text
 from service.core.vision import VisionFeatures
 from service.media.clip import DecodedClip
+from service.media.clip_header import clip_cost
+from service.media.decoder import Decoded
 from service.media.reader import ImageReader
 from service.media.store import Image
 from service.triton.codec import require_consistent
@@ -589,7 +592,7 @@ async def test_a_video_is_checked_and_kept_once(house):
     reader = counting(house)
     kept = await house.keep_image(clips.film(count=12))
     assert (kept.width, kept.height) == (320, 240)
-    assert reader.clips == 1
+    assert (reader.clips, reader.wanted) == (1, 8)
     _, end = await answer(house, about(ImageId(kept.id)))
     assert (len(end.frames), end.clip_id) == (8, kept.id)
     with pytest.raises(InvalidImage) as broken:
@@ -899,6 +902,51 @@ async def test_an_upload_and_a_question_decode_a_video_once(house):
     assert (await kept).id == end.clip_id
     assert reader.clips == 1
     assert nothing_is_held(house)
+
+
+async def test_an_upload_of_a_video_waits_for_a_slot_and_reserves_the_pixels_of_its_frames_while_they_are_decoded():
+    house, data = House(ROOMY, vision_slots=1), clips.film(count=12)
+    reader = held(house)
+    cost = clip_cost(data, 8, house.reader.limits.max_pixels)
+    kept = asyncio.create_task(house.keep_image(data))
+    await until(lambda: reader.clips)
+    assert (house.admission.scheduler.used(Resource.VISION), house.admission.quota.held.pixels) == (1, cost)
+    second = asyncio.create_task(house.keep_image(clips.film(count=5)))
+    await until(lambda: house.admission.scheduler.waiting(Kind.SINGLE_IMAGE))
+    assert reader.clips == 1
+    reader.goes_on.set()
+    await asyncio.gather(kept, second)
+    assert nothing_is_held(house)
+    reader.close()
+
+
+class Paid(ImageReader):
+    """Notes who pays for what it decodes."""
+
+    def __init__(self, reader: ImageReader) -> None:
+        super().__init__(reader.limits, threads=1)
+        self.payers: list[str] = []
+
+    async def decode(self, *given: object) -> Decoded:
+        self.payers.append(current.get().tenant)
+        return await super().decode(*given)
+
+    async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
+        self.payers.append(current.get().tenant)
+        return await super().decode_clip(data, most)
+
+
+@pytest.mark.parametrize(("data", "other"), [(film(), film((1, 2))), (png(), png((1, 2, 3)))], ids=["video", "image"])
+async def test_the_tenant_that_sends_an_image_or_a_video_pays_for_its_decoding(data, other):
+    house = House(ROOMY)
+    house.reader.close()
+    house.reader = house.pipeline.reader = house.pipeline.pixels.reader = reader = Paid(house.reader)
+    house.metrics.costs.payer("before")  # another request, in this context
+    for tenant, sent in (("acme", data), ("other", other)):
+        with house.pipeline.reservation(tenant) as reservation:
+            await house.pipeline.keep_image(sent, reservation)
+    assert reader.payers == ["acme", "other"]
+    reader.close()
 
 
 async def test_an_upload_decodes_no_more_frames_than_a_resampler_reads():

@@ -25,6 +25,7 @@ from service.edges.http.application import http_api
 from service.text.prompt import PromptBuilder
 from service.upstreams.models import Model
 from service.upstreams.pool import Pool
+from tests.service.test_clips import about, film
 from tests.service.test_pipeline import request
 from tests.service.upstreams.tritons import FakeTriton
 from tests.support.fakes import CARD, CLOSER, TOKENIZER, FakeLanguage, FakeVision, House, png, until
@@ -121,6 +122,9 @@ async def test_a_failure_before_the_first_text_moves_to_the_next_variant(split, 
     text, end = await split.ask(Route(session=session))
     assert (text, end.served.variant, end.served.fallback_from) == ("stable", "stable", "next")
     assert end.served.model == "tiny-stable"
+    # Both variants may have one Triton, which could not tell two requests of one id apart.
+    assert split.languages["next"].request_ids == (["vqa_1"] if where == "language" else [])
+    assert split.languages["stable"].request_ids == ["vqa_1-stable"]
     assert split.counted("glimpse_fallbacks_total", variant="next", reason=reason) == 1
     assert split.counted("glimpse_requests_total", outcome="ok", variant="stable") == 1
     assert split.counted("glimpse_resource_used", resource="llm") == 0
@@ -220,6 +224,28 @@ async def test_all_variants_that_a_request_may_try_are_in_use_until_it_is_over(s
     split.languages["stable"].gate.set()
     await asking
     assert [split.model(name).users for name in ("stable", "next")] == [0, 0]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+async def test_a_request_is_charged_the_most_that_any_variant_can_use_which_may_answer_it(turned):
+    split = Split(quota_images_per_minute=100, quota_visual_tokens_per_minute=1000)
+    few = replace(CARD, name="few", max_positions=4000, frames=3)
+    many = replace(CARD, name="many", max_positions=4000, visual_tokens=(32, 64), default_visual_tokens=(64, 64))
+    split.pipeline.models.models = [
+        split.pipeline.model(
+            FakeVision(), FakeLanguage(), card, PromptBuilder(card, TOKENIZER), variant=card.name, weight=1.0
+        )
+        for card in ((many, few) if turned else (few, many))
+    ]
+    asked = about(film(), gave_budget=(False, False))
+    assert len(split.pipeline.models.choices(asked)) == 2
+    with split.pipeline.reservation("t") as reservation:
+        async with aclosing(split.pipeline.answer(asked, reservation)) as events:
+            await anext(events)
+            told = dict(reservation.account.headers())
+    assert told["x-ratelimit-remaining-images"] == str(100 - 8)
+    assert told["x-ratelimit-remaining-visual-tokens"] == str(1000 - 8 * 64)
+    split.reader.close()
 
 
 async def test_a_fallback_keeps_the_images_that_the_request_looks_at(split):

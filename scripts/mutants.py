@@ -20,9 +20,14 @@ PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT / "mutants"
 MUTMUT = Path(sys.executable).parent / "mutmut"
 LINKED = ("service", "triton_models", "tests", "benchmarks", "build_engines", "model_repository")
-# Modules by group, each with its tests. The tests start no server and take seconds. service/admission/admission.py is
-# left out: it joins the other modules and is tested with them.
+# Modules by group, each with its tests. These take seconds and start no server, but for the Redis of some in access.
+# service/admission/admission.py is left out: it joins the other modules and is tested with them. Of upstreams, what
+# follows changes of variants is left out: its tests start commands and take minutes.
 GROUPS = {
+    "access": (
+        ["service/access/gate.py", "service/access/keys.py", "service/access/quotas.py", "service/access/windows.py"],
+        ["tests/service/access/test_keys.py", "tests/service/access/test_quotas.py"],
+    ),
     "admission": (
         ["service/admission/batch_turns.py", "service/admission/concurrency_limit.py",
          "service/admission/contention.py", "service/admission/drain_rate.py", "service/admission/fidelity.py",
@@ -46,6 +51,14 @@ GROUPS = {
          "triton_models/sampling.py"],
         ["tests/triton_models/test_kv_pool.py", "tests/triton_models/test_parameters.py",
          "tests/triton_models/test_prefix_cache.py", "tests/triton_models/test_sampling.py"],
+    ),
+    "upstreams": (
+        ["service/upstreams/balance.py", "service/upstreams/breaker.py", "service/upstreams/pool.py",
+         "service/upstreams/readiness.py", "service/upstreams/resolve.py", "service/upstreams/retry_budget.py",
+         "service/upstreams/variants.py"],
+        ["tests/service/upstreams/test_balance.py", "tests/service/upstreams/test_breaker.py",
+         "tests/service/upstreams/test_pool.py", "tests/service/upstreams/test_readiness.py",
+         "tests/service/upstreams/test_retry_budget.py", "tests/service/upstreams/test_variants.py"],
     ),
 }  # fmt: skip
 CONFIGURATION = """

@@ -56,9 +56,9 @@ def test_a_call_from_before_changes_nothing_while_it_is_open():
 
 @pytest.mark.parametrize(("closed_for", "pause_s"), [(STEADY_S / 2, 2 * LEAST_PAUSE_S), (STEADY_S, LEAST_PAUSE_S)])
 def test_one_that_opens_again_soon_pauses_longer(closed_for, pause_s):
-    breaker = opened()
-    breaker.succeeded(LEAST_PAUSE_S)
-    now = LEAST_PAUSE_S + closed_for
+    breaker = opened(1000.0)
+    breaker.succeeded(1000.0 + LEAST_PAUSE_S)
+    now = 1000.0 + LEAST_PAUSE_S + closed_for
     for _ in range(FAILURES_TO_OPEN):
         breaker.failed(now)
     assert breaker.state(now + 0.99 * pause_s) is State.OPEN

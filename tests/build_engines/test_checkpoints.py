@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -268,10 +268,12 @@ def test_a_repetition_penalty_counts_what_the_decoder_has_read(family: Family) -
 
 
 def test_a_row_that_is_not_finite_is_scrubbed_and_the_shorter_one_after_it_reads_as_if_alone(family: Family) -> None:
-    """What is behind the end of the shorter one's prompt is masked by a weight of 0, and 0 * NaN is NaN."""
-    beside, longest, shortest = seen(family, PromptBuilder.load(family.card, family.repository))
-    assert longest.input_ids.size > shortest.input_ids.size
-    poisoned = replace(longest, visual_tokens=np.full_like(longest.visual_tokens, np.nan))
+    """What is behind the shorter one's end, in its prompt or images, is masked by a weight of 0, and 0 * NaN is NaN."""
+    prompts = PromptBuilder.load(family.card, family.repository)
+    beside, longest, shortest = seen(family, prompts)
+    images = 2 if family.processor is IdeficsProcessor else 1
+    poisoned = prompts.compose(QUESTIONS[1], [(np.full_like(longest.visual_tokens, np.nan), b"")] * images)
+    assert poisoned.input_ids.size > shortest.input_ids.size
     decoder, alone = opened(family, max_rows=2), opened(family, max_rows=1)
     decoder.prefill([beside, poisoned], [decoder.recall(each) for each in (beside, poisoned)])
     decoder.step(np.array([3, 4]))  # numbers may also become too large later

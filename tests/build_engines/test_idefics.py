@@ -6,8 +6,6 @@ import asyncio
 import base64
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from io import BytesIO
@@ -26,6 +24,7 @@ from transformers.models.idefics.processing_idefics import (
     incremental_to_binary_attention_mask,
 )
 
+from build_engines.adapt.__main__ import main as adapt
 from build_engines.convert.inspection import inspect
 from build_engines.convert.options import Refused
 from service.core.card import ImageMarks, ModelCard
@@ -53,18 +52,14 @@ LATENTS = 64
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("idefics") / "idefics"
-    save_idefics(folder)
-    return folder
+def checkpoint(exports: SharedExports) -> Path:
+    return exports.built("idefics", save_idefics) / "idefics"
 
 
 @pytest.fixture(scope="module")
-def built(checkpoint: Path, exports: SharedExports) -> Path:
+def built(checkpoint: Path) -> Path:
     """What `glimpse build --profile embedded` makes of the checkpoint."""
-    out = checkpoint.parent / "repository"
-    assert exports.build(str(checkpoint), "--profile", "embedded", "--out", str(out)) == 0
-    return out
+    return checkpoint.parent / "repository"
 
 
 @pytest.fixture(scope="module")
@@ -224,14 +219,12 @@ def test_a_tokenizer_without_the_marks_is_refused(checkpoint: Path, tmp_path: Pa
         inspect(str(wrong))
 
 
-def test_adapting_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_adapting_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "a.png").write_bytes(PICTURES[0])
-    command = [sys.executable, "-m", "build_engines.adapt", str(checkpoint), "--data", str(data)]
-    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "idefics is an IDEFICS, which `glimpse adapt` cannot adapt" in done.stderr
+    assert adapt([str(checkpoint), "--data", str(data), "--out", str(tmp_path / "out")]) != 0
+    assert "idefics is an IDEFICS, which `glimpse adapt` cannot adapt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ASKED)

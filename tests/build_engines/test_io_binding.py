@@ -119,11 +119,9 @@ def test_a_word_that_is_neither_yes_nor_no_fails_the_load(half: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bound(exports: SharedExports, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make an `onnx-gpu` repository of a tiny checkpoint and replace GPU by CPU in its configurations."""
-    folder = tmp_path_factory.mktemp("bound")
-    save_blip2_opt(folder / "opt")
-    assert exports.build(str(folder / "opt"), "--profile", "onnx-gpu", "--out", str(folder / "gpu")) == 0
-    for name, config in read_configs(folder / "gpu").items():
+    """Replace GPU by CPU in the configurations of a tiny checkpoint's `onnx-gpu` repository."""
+    built = exports.built("opt", save_blip2_opt, "onnx-gpu") / "repository"
+    for name, config in read_configs(built).items():
         told = {key: value.string_value for key, value in config.parameters.items()}
         assert told.get("provider") == ("cuda" if name in (*VISION, "llm") else None)
         assert told.get("io_binding") == ("yes" if name in VISION else None)
@@ -131,7 +129,7 @@ def bound(exports: SharedExports, tmp_path_factory: pytest.TempPathFactory) -> P
         on_gpu = [(group.kind == group.KIND_GPU, list(group.gpus)) for group in config.instance_group]
         if config.platform != "ensemble":
             assert on_gpu == [(True, [0]) if name in (*VISION, "llm") else (False, [])]
-    return on_cpu(folder / "gpu", folder / "repository")
+    return on_cpu(built, tmp_path_factory.mktemp("bound") / "repository")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

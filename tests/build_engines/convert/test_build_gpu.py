@@ -54,10 +54,9 @@ def checked(repository: Path) -> Report:
     return report
 
 
-def test_onnx_gpu_is_whole(checkpoint: Path, exports: SharedExports, tmp_path: Path) -> None:
+def test_onnx_gpu_is_whole(checkpoint: Path, exports: SharedExports) -> None:
     """The gateway's contract, every graph against its configuration, and every file against the manifest."""
-    out = tmp_path / "gpu"
-    assert exports.build(str(checkpoint), "--profile", "onnx-gpu", "--out", str(out)) == 0
+    out = exports.built(checkpoint.name, FAMILIES[checkpoint.name], "onnx-gpu") / "repository"
     report = checked(out)
     assert report.failed == [], report.text()
     assert {"configurations", "graph vision_encoder", "graph llm", "manifest"} <= {

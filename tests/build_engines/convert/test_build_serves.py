@@ -25,7 +25,16 @@ from service.text.prompt import Detokeniser, PromptBuilder, token_bytes
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
-from tests.build_engines.test_checkpoints import LONGEST, QUESTIONS, SAVED, Family, batched, of_transformers, pictures
+from tests.build_engines.test_checkpoints import (
+    LONGEST,
+    QUESTIONS,
+    SAVED,
+    Family,
+    batched,
+    built,
+    of_transformers,
+    pictures,
+)
 from tests.support.servers import StartGateway, free_ports
 from tests.support.shared_exports import SharedExports
 
@@ -36,14 +45,9 @@ Asked = list[tuple[list[bytes], str]]  # pictures and a question: one picture, o
 
 
 @pytest.fixture(scope="module", params=SAVED)
-def family(request: pytest.FixtureRequest, exports: SharedExports, tmp_path_factory: pytest.TempPathFactory) -> Family:
+def family(request: pytest.FixtureRequest, exports: SharedExports) -> Family:
     """A tiny random checkpoint, and its built repository."""
-    save, model, processor = SAVED[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    checkpoint, repository = folder / request.param, folder / "repository"
-    save(checkpoint)
-    assert exports.build(str(checkpoint), "--profile", "embedded", "--out", str(repository)) == 0
-    return Family(checkpoint, repository, model, processor)
+    return built(request.param, exports)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -39,15 +39,22 @@ from tests.support.fakes import House, cancelled, png, turns, until
 from tests.support.keys import Keys, bearer
 from tests.support.servers import RedisServer, eventually_async
 
+RESET_S = 90.0  # of the windows in memory: see `stopped`
 
-@pytest.fixture(autouse=True)
-async def _inside_a_minute() -> None:
-    """Do not begin at a minute's end.
+
+def stopped() -> float:
+    """Tell the middle of a minute, always.
 
     The windows in memory begin with the clock's minutes. When one ends, its part is rounded down, and one request more
     than the quota may pass.
     """
-    await until(lambda: time.monotonic() % 60 < 50)
+    return 1830.0
+
+
+def from_a_minutes_beginning() -> Callable[[], float]:
+    """Return a clock for tests that need one that goes on."""
+    begun = time.monotonic()
+    return lambda: 1800.0 + time.monotonic() - begun
 
 
 @asynccontextmanager
@@ -55,6 +62,7 @@ async def calling(**settings: object) -> AsyncIterator[Caller]:
     """A service without Triton, with what runs behind its quotas."""
     caller = Caller(House(**settings))
     house = caller.house
+    house.quotas.windows._clock = stopped if house.shared is None else from_a_minutes_beginning()
     running = [asyncio.create_task(house.quotas.run())]
     if house.shared is not None:
         running.append(asyncio.create_task(house.shared.run()))
@@ -123,7 +131,7 @@ async def test_requests_over_the_quota_are_refused_with_openais_headers():
             assert response.status_code == 200
             assert response.headers["x-ratelimit-limit-requests"] == "3"
             assert response.headers["x-ratelimit-remaining-requests"] == str(left)
-            assert response.headers["x-ratelimit-reset-requests"].endswith("s")
+            assert response.headers["x-ratelimit-reset-requests"] == in_words(RESET_S) == "1m30s"
         refused = await caller.ask()
         error = fault(refused, 429)
         assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")

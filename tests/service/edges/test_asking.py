@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from base64 import b64encode, encodebytes, urlsafe_b64encode
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -234,7 +233,7 @@ def test_the_character_that_is_not_base64_is_named(text, told):
 @pytest.mark.parametrize("junk", ["=", "= ", " ", "aaa=", "é"])
 def test_what_is_no_base64_is_refused_at_once(junk):
     begun = time.process_time()
-    with suppress(InvalidImage):
+    with pytest.raises(InvalidImage):
         source_of("a" + junk * (2_000_000 // len(junk)) + "!")
     assert time.process_time() - begun < 1
 

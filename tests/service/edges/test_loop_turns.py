@@ -1,6 +1,7 @@
 """Requests begin a few in each turn of the event loop, in order."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import httpx
@@ -57,7 +58,8 @@ async def test_few_begin_at_once():
 async def test_who_waits_is_told_how_long_it_has_been():
     crowd = Crowd(AT_ONCE + 1)
     await asyncio.sleep(0)
-    assert 0.0 <= crowd.turns.waited_s < 1.0
+    time.sleep(0.01)  # noqa: ASYNC251  (the loop has no turn meanwhile)
+    assert crowd.turns.waited_s >= 0.01
     assert len(crowd.begun) == AT_ONCE
     await asyncio.gather(*crowd.tasks)
     assert len(crowd.begun) == AT_ONCE + 1
@@ -81,7 +83,9 @@ async def test_a_question_takes_a_turn_and_its_wait_makes_the_service_late():
     turns = house.edge.turns
     others = [asyncio.create_task(turns.next()) for _ in range(AT_ONCE)]
     asked = asyncio.create_task(caller.post("/v1/vqa", json={"question": "what colour?"}))
-    while not turns.waited_s:
+    for _ in range(100):  # turns of the loop until it has read the body
+        if turns.waited_s:
+            break
         await asyncio.sleep(0)
         others.append(asyncio.create_task(turns.next()))
     assert house.edge.lag_s() > 0.0

@@ -219,6 +219,11 @@ def test_a_bomb_is_refused_without_a_warning():
         decode(header + zlib.crc32(header[12:]).to_bytes(4, "big") + b"\0\0\0\0IDAT\x35\xaf\x06\x1e", LIMITS)
 
 
+def test_the_files_that_are_damaged_below_decode_whole():
+    for data in WHOLE:
+        assert decode(data, LIMITS).pixels.shape == (3, 224, 224)
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_damaged_bytes_decode_or_are_refused_and_nothing_else(data):

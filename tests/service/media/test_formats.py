@@ -276,6 +276,11 @@ def test_the_list_of_formats_is_the_one_that_is_told():
         assert format_of(data) == each
 
 
+def test_the_files_that_are_damaged_below_decode_whole():
+    for data in WHOLE:
+        assert decode(data, LIMITS).pixels.shape == (3, 224, 224)
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_damaged_bytes_decode_or_are_refused_and_nothing_else(data):

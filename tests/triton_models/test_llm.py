@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from triton_python_backend_utils import InferenceRequest, MetricFamily, Response
 from service.core.card import ModelCard
 from service.core.request import Sampling
 from service.text.prompt import load_tokenizer, token_bytes
+from tests.support.servers import eventually
 from triton_models.batcher import Event, Sequence, ended
 from triton_models.llm import Caller, TritonPythonModel
 from triton_models.spans import spans
@@ -231,7 +231,7 @@ def test_tokens_that_waited_are_sent_before_a_stop():
     asked = request("a", max_tokens=280)
     model.execute([asked])
     asked.sender.next()
-    time.sleep(0.05)  # it decodes meanwhile
+    eventually(lambda: model._batcher.tokens >= 4, 20, "it decodes meanwhile")
     model.execute([request("a", stop=np.array([[True]]))])
     waited, last = responses(asked)
     assert waited.outputs["output_ids"].size > 1
@@ -244,7 +244,7 @@ def test_tokens_that_waited_are_sent_before_an_unload():
     asked = request(max_tokens=280)
     model.execute([asked])
     asked.sender.next()
-    time.sleep(0.05)
+    eventually(lambda: model._batcher.tokens >= 4, 20, "it decodes meanwhile")
     model.finalize()
     waited, last = responses(asked)
     assert waited.outputs["output_ids"].size > 1

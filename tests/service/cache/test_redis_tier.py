@@ -212,8 +212,8 @@ async def test_waiting_for_another_gateway_leaves_half_the_time_for_an_encode_of
     redis_server.client.set(flight_key(key(1)), "slow")
     async with gateway(redis_server.url, redis_flight_s=60) as house:
         begun = time.monotonic()
-        assert await ask(house, 1, timeout_s=2.0) == "miss"
-        assert 0.9 < time.monotonic() - begun < 2.0
+        assert await ask(house, 1, timeout_s=4.0) == "miss"
+        assert 1.9 < time.monotonic() - begun < 4.0
 
 
 async def test_a_cancelled_lookup_leaves_its_connection_in_order(redis_server):

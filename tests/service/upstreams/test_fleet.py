@@ -20,7 +20,7 @@ from service.core.errors import Unavailable
 from service.settings import Settings, SettingsError
 from service.telemetry.metrics import Metrics
 from service.upstreams import fleet as fleet_module
-from service.upstreams.fleet import LOOK_INTERVAL_S, Fleet, computed_in
+from service.upstreams.fleet import Fleet, computed_in
 from service.upstreams.store import VariantsFile, VariantsInRedis
 from service.upstreams.variants import Variant, Variants, VariantsError
 from tests.service.upstreams.tritons import FakeTriton
@@ -38,6 +38,11 @@ def two(repository: Path) -> Variants:
     return Variants({name: variant(name, repository) for name in ("stable", "next")})
 
 
+@pytest.fixture(autouse=True)
+def _frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "LOOK_INTERVAL_S", 0.05)
+
+
 class FakeFleet(Fleet):
     """Connects to no Triton."""
 
@@ -45,8 +50,18 @@ class FakeFleet(Fleet):
         self, store: VariantsFile | VariantsInRedis, variants: Variants, metrics: Metrics, **settings: object
     ) -> None:
         self.tritons: dict[str, FakeTriton] = {}
+        self.looks = 0
         told = Settings(variants="-", probe_interval_s=0.5, probe_timeout_s=1.0, **settings)
         super().__init__(store, variants, told, metrics)
+
+    def _end_idle(self) -> None:
+        super()._end_idle()
+        self.looks += 1  # it has looked, and has done what followed
+
+    async def looked_twice(self) -> None:
+        """Wait for two whole looks from now on."""
+        last = self.looks + 3  # one may have begun
+        await until(lambda: self.looks >= last)
 
     def client(self, card: object, address: str) -> FakeTriton:
         return self.tritons.setdefault(address, FakeTriton(address))
@@ -122,7 +137,7 @@ async def test_a_variant_whose_tritons_change_answers_all_the_time(
         with capture_logs() as lines:
             await store.change(lambda _: moved(repository))
             await until(lambda: [line for line in lines if line["event"] == "variant_does_not_answer"])
-        await asyncio.sleep(2 * LOOK_INTERVAL_S)
+        await fleet.looked_twice()
         assert fleet.running["stable"] is old
         assert fleet.ready
         new.probe_fault = None
@@ -168,7 +183,7 @@ async def test_the_last_variant_that_answers_goes_on_until_its_successor_joins(
         with capture_logs() as lines:
             await store.change(changed)
             await until(lambda: {"variant_does_not_answer", "variants_wait"} <= {line["event"] for line in lines})
-            await asyncio.sleep(2 * LOOK_INTERVAL_S)
+            await fleet.looked_twice()
         assert [line["event"] for line in lines].count("variants_wait") == 1
         assert fleet.ready
         assert [(each.weight, each.is_draining) for each in fleet.models.models if each.variant == "stable"] == [
@@ -216,7 +231,7 @@ async def test_a_moment_without_an_answer_does_not_end_the_wait_for_a_successor(
             await until(lambda: [line for line in lines if line["event"] == "variants_wait"])
         stable.probe_fault = Unavailable("one probe fails")
         await until(lambda: not fleet.running["stable"].pool.answers)
-        await asyncio.sleep(2 * LOOK_INTERVAL_S)
+        await fleet.looked_twice()
         stable.probe_fault = None
         await until(lambda: fleet.ready)
         assert "stable" in fleet.names
@@ -284,7 +299,7 @@ async def test_a_variant_that_is_gone_stays_connected_while_it_is_used(
             triton.busy += 1
         await store.change(lambda before: before.without("stable"))
         await until(lambda: fleet.names == ["next"])
-        await asyncio.sleep(2 * LOOK_INTERVAL_S)
+        await fleet.looked_twice()
         assert triton.is_open
         stable.users = triton.busy = 0
         await until(lambda: not triton.is_open)

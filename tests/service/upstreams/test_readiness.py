@@ -65,12 +65,12 @@ async def test_a_model_that_requests_find_dead_is_probed_soon() -> None:
     failing: set[str] = set()
     prober = Counting()
     readiness = Readiness(["llm"], Metrics(), failing.__contains__)
-    watching = asyncio.create_task(readiness.watch(prober, CARD, interval_s=2.0, timeout_s=1))
+    watching = asyncio.create_task(readiness.watch(prober, CARD, interval_s=6.0, timeout_s=1))
     await until(lambda: prober.probes["llm"] == 1)
     failing.add("llm")
     begun = asyncio.get_running_loop().time()
     await until(lambda: prober.probes["llm"] > 1)
-    assert asyncio.get_running_loop().time() - begun < 1.0
+    assert asyncio.get_running_loop().time() - begun < 4.0
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching

@@ -122,13 +122,15 @@ async def test_a_large_image_is_answered(caller):
 
 @pytest.mark.parametrize("name", ["unknown keys", "one unknown key"])
 async def test_the_first_unknown_key_ends_it_before_the_rest_is_looked_at(name):
-    hostile = HOSTILE[name]()
-    began = time.thread_time()
-    with pytest.raises(InvalidRequest) as caught:
-        await split(hostile, CHARS, VqaRequest.model_fields)
-    assert caught.value.code == "unknown_field"
-    assert caught.value.param in ("0", "x")
-    assert time.thread_time() - began < 0.002
+    hostile, took_s = HOSTILE[name](), []
+    for _ in range(5):  # a busy machine may take some of the time
+        began = time.thread_time()
+        with pytest.raises(InvalidRequest) as caught:
+            await split(hostile, CHARS, VqaRequest.model_fields)
+        took_s.append(time.thread_time() - began)
+        assert caught.value.code == "unknown_field"
+        assert caught.value.param in ("0", "x")
+    assert min(took_s) < 0.002
 
 
 async def test_an_unknown_key_is_told_with_what_it_may_mean_however_large_the_body_is(caller):

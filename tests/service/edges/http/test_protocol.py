@@ -227,7 +227,7 @@ def test_a_head_has_a_time_limit_however_often_a_byte_comes(service, start, more
         client.sendall(start)
         client.settimeout(0.05)
         received = b""
-        while time.monotonic() - started < 5:
+        while time.monotonic() - started < 20:
             try:
                 client.sendall(more)
                 if not (data := client.recv(65536)):
@@ -237,7 +237,7 @@ def test_a_head_has_a_time_limit_however_often_a_byte_comes(service, start, more
                 continue
             except (ConnectionResetError, BrokenPipeError):
                 break
-    assert 0.3 < time.monotonic() - started < 3
+    assert 0.3 < time.monotonic() - started < 15
     assert refusal(b"HTTP/1.1 " + received.rpartition(b"HTTP/1.1 ")[2]) == (408, "slow_head")
 
 

@@ -149,8 +149,9 @@ def test_the_first_start_after_a_kill_succeeds_although_triton_is_still_there(st
         os.kill(server, signal.SIGSTOP)
         first.process.kill()
         first.process.wait()
+        assert list(SHARED_MEMORY.glob(f"{prefix}*"))
         with start_gateway(ports) as second:
             assert second.status("/health/ready") == 200
             assert "leftovers_removed" in second.log()
-        eventually(lambda: not list(SHARED_MEMORY.glob(f"{prefix}*")), 2, "no shared memory left")
+            assert not list(SHARED_MEMORY.glob(f"{prefix}*"))
         assert not list(Access.choose(Ports()).folder.parent.glob(f"{prefix}*"))

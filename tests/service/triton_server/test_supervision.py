@@ -350,8 +350,6 @@ def test_the_service_survives_its_models_and_its_models_do_not_survive_it(
         eventually(lambda: len(regions(prefix)) == whole, BACK_WITHIN_S, "the model was brought back")
         os.kill(gateway.process.pid, signal.SIGKILL)
         eventually(lambda: not processes(server), 15, "Triton ended with its gateway")
-    with start_gateway({}):  # a Triton that is ended while it loads a model leaves regions to the next start
-        assert not regions(prefix)
 
 
 def children(pid: int) -> list[int]:

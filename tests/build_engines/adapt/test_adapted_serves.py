@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,13 +12,13 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from build_engines.adapt.__main__ import main
 from build_engines.model.adapted import DISTILLED, Adapted
 from service.core.card import ModelCard
 from service.triton import TritonClient
 from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
-from tests.build_engines.adapt.test_adapting import SAVED, write_data
+from tests.build_engines.adapt.test_adapting import SAVED, adapted
+from tests.support.once import Once
 from tests.support.servers import StartGateway, free_ports
 from tests.support.shared_exports import SharedExports
 
@@ -26,19 +27,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch a
 
 @pytest.fixture(scope="module", params=SAVED)
 def adapted_repository(
-    request: pytest.FixtureRequest, exports: SharedExports, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, exports: SharedExports, once: Once, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Adapted in two steps, and built as if the allocator had gained something."""
-    folder = tmp_path_factory.mktemp(request.param)
-    SAVED[request.param](folder / "checkpoint")
-    write_data(folder / "data")
-    checkpoint, adapted, out = (str(folder / name) for name in ("checkpoint", "adapted", "repository"))
-    data = ["--data", str(folder / "data"), "--batch", "4", "--steps", "2", "--threads", "1", "--closer-share", "0.5"]
-    assert main([checkpoint, *data, "--out", adapted]) == 0
-    told = Adapted.read(Path(adapted))
-    dataclasses.replace(told, state=DISTILLED, default_vision_tokens=(96, 128)).write(Path(adapted))
-    assert exports.build(checkpoint, "--allocator", adapted, "--out", out) == 0
-    return Path(out)
+    """Built as if the allocator had gained something."""
+    family, folder = adapted(request.param, once), tmp_path_factory.mktemp(request.param)
+    allocator, out = folder / "adapted", folder / "repository"
+    shutil.copytree(family.out, allocator)
+    told = Adapted.read(allocator)
+    dataclasses.replace(told, state=DISTILLED, default_vision_tokens=(96, 128)).write(allocator)
+    assert exports.build(str(family.checkpoint), "--allocator", str(allocator), "--out", str(out)) == 0
+    shutil.copyfile(family.data / "1.png", folder / "picture.png")
+    return out
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -60,7 +59,7 @@ async def test_it_looks_by_the_question_and_says_how_it_came_about(
     settings = {
         "GLIMPSE_MODEL_REPOSITORY": str(adapted_repository), "GLIMPSE_VISION_URL": address, "GLIMPSE_LLM_URL": address,
     }  # fmt: skip
-    picture = base64.b64encode((adapted_repository.parent / "data" / "1.png").read_bytes()).decode()
+    picture = base64.b64encode((adapted_repository.parent / "picture.png").read_bytes()).decode()
     body = {"image": picture, "max_tokens": 4, "temperature": 0, "explain": True}
     with start_gateway(settings) as gateway:
         async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as http:

@@ -22,6 +22,7 @@ from build_engines.convert import __main__ as build
 from build_engines.model.adapted import DISTILLED, FIXED, Adapted
 from build_engines.model.checkpoint import Checkpoint
 from service.core.card import ModelCard
+from tests.support.once import Once
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch and accelerate warn about themselves
@@ -60,14 +61,23 @@ def write_data(folder: Path) -> None:
     (folder / "questions.txt").write_text("\n".join(lines))
 
 
+def adapted(name: str, once: Once) -> Family:
+    """Adapt a checkpoint of this family once in a run of the tests. Nobody changes it."""
+    # A folder of its own, which is not renamed after the adaptation: the lessons are those of the data's paths.
+    data = once.made("data-to-adapt-to", lambda folder: write_data(folder / "data")) / "data"
+
+    def adapt(folder: Path) -> None:
+        SAVED[name](folder / "checkpoint")
+        found = Family(folder / "checkpoint", data, folder / "out")
+        assert main(found.arguments(found.out)) == 0
+
+    made = once.made(f"adapted-{name}", adapt)
+    return Family(made / "checkpoint", data, made / "out")
+
+
 @pytest.fixture(scope="module", params=SAVED)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    folder = tmp_path_factory.mktemp(request.param)
-    SAVED[request.param](folder / "checkpoint")
-    write_data(folder / "data")
-    found = Family(folder / "checkpoint", folder / "data", folder / "out")
-    assert main(found.arguments(found.out)) == 0
-    return found
+def family(request: pytest.FixtureRequest, once: Once) -> Family:
+    return adapted(request.param, once)
 
 
 def test_the_result_says_how_it_came_about(family: Family) -> None:

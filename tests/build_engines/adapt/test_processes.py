@@ -18,7 +18,7 @@ from tests.support.servers import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-TWENTY = replace(SCHEDULE, steps=15, relevance_steps=5, closer_images=2)  # a share for each process
+SHARED = replace(SCHEDULE, closer_images=2)  # a share for each process
 
 
 def train(rank: int, folder: Path, drawer: Drawer, out: Path, environments: list[dict[str, str]]) -> None:
@@ -27,7 +27,7 @@ def train(rank: int, folder: Path, drawer: Drawer, out: Path, environments: list
     torch.set_num_threads(1)
     parts = Parts(folder)
     student = Student(new_allocator(parts.checkpoint, True, 5), parts.reader, parts.language, parts.questions)
-    Training(accelerator_of(), student, TWENTY, out).run(drawer)
+    Training(accelerator_of(), student, SHARED, out).run(drawer)
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -43,7 +43,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path: Path) -> None:
     store = parts.store(tmp_path)
     store.fill(parts.checkpoint.vision_encoder(), ImageLimits())
     lessons = parts.teach(store, tmp_path)
-    drawer = Drawer(store, parts.asked(store), lessons, TWENTY, torch.device("cpu"))
+    drawer = Drawer(store, parts.asked(store), lessons, SHARED, torch.device("cpu"))
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": "2"}
     environments = {"one": [{}], "two": [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]}
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])

@@ -1,11 +1,11 @@
-"""Builds that are killed at every step, one step later each time."""
+"""Builds that are killed at every kind of step, one step later each time."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from build_engines.convert.inspection import inspect
 from build_engines.convert.plan import Step, plan
 from build_engines.convert.run import is_done
 
-PHASES = ("finished", "begun", "made")
+PHASES = ("made", "finished", "begun")  # in this order no export and no samples are made twice
 
 
 class Dies:
@@ -45,19 +45,26 @@ def build_until(arguments: list[str], environment: Mapping[str, str], phase: str
     build.main(arguments)
 
 
-def kill_at_every_step(
-    arguments: list[str], environment: Mapping[str, str], out: Path, phases: Sequence[str] = PHASES
-) -> list[str]:
-    """The names of all steps to do: each was where a build ended, in one of the phases in turn.
+def kinds_to_do(arguments: list[str]) -> list[str]:
+    """The first step of each action. The steps of the LLM's engine run other commands each: they are all there."""
+    asked = build.options_of(build.parser().parse_args(arguments))
+    source = inspect(asked.checkpoint)
+    kinds: dict[str, str] = {}
+    for step in plan(asked, source, build.root_of(source)):
+        if not is_done(asked.work, step):
+            kinds.setdefault(step.name if step.action == "llm" else step.action, step.name)
+    return list(kinds.values())
+
+
+def kill_at_every_step(arguments: list[str], environment: Mapping[str, str], out: Path) -> list[str]:
+    """The names of the steps where a build ended, in one of the phases in turn: the first of each kind that is to do.
 
     What a build had made when it was killed as "made" is made again.
     """
-    asked = build.options_of(build.parser().parse_args(arguments))
-    source = inspect(asked.checkpoint)
-    steps = [step.name for step in plan(asked, source, build.root_of(source)) if not is_done(asked.work, step)]
+    steps = kinds_to_do(arguments)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["build_engines.convert.steps", "tests.support.exporter"])
-    for phase, step in zip(cycle(phases), steps, strict=False):
+    for phase, step in zip(cycle(PHASES), steps, strict=False):
         process = context.Process(target=build_until, args=(arguments, dict(environment), phase, step))
         process.start()
         process.join()

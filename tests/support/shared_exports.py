@@ -31,9 +31,9 @@ class SharedExports:
     def __init__(self, once: Once) -> None:
         self._once = once
 
-    def path(self, graph: Graph, made: str = "graph") -> Path:
-        """Return the exported graph, which nobody changes. Another word for `made` gives another export of it."""
-        folder = self._once.made(f"{made}-{digest_of(graph)}", lambda folder: export_graph(graph, folder / MODEL))
+    def path(self, graph: Graph) -> Path:
+        """Return the exported graph, which nobody changes."""
+        folder = self._once.made(f"graph-{digest_of(graph)}", lambda folder: export_graph(graph, folder / MODEL))
         return folder / MODEL
 
     def write(self, graph: Graph, path: Path) -> None:

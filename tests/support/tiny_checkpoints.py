@@ -40,6 +40,10 @@ from transformers import (
     T5Tokenizer,
 )
 
+from build_engines.model.allocator import RelevanceAllocator
+from build_engines.model.balancing import OpponentProcessing
+from build_engines.model.closer import CloserView
+from build_engines.model.knowing import ParticipatoryKnowing
 from service.core.vision import UInt8Array
 
 
@@ -201,6 +205,18 @@ def save_idefics(directory: Path) -> None:
         max_position_embeddings=640, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     _save(IdeficsForVisionText2Text(config), IdeficsProcessor(IdeficsImageProcessorPil(), tokenizer), directory)
+
+
+def trained_allocator() -> RelevanceAllocator:
+    """An allocator for them with random weights in every part: every map, weight and tension has an effect."""
+    torch.manual_seed(7)
+    width = VISION["hidden_size"]
+    participatory = ParticipatoryKnowing(300, width)
+    torch.nn.init.constant_(participatory.bias, -2.0)
+    allocator = RelevanceAllocator(participatory, OpponentProcessing(participatory.coupling_width), CloserView(width))
+    torch.nn.init.normal_(allocator.balancing.out.weight, std=0.5)
+    torch.nn.init.normal_(allocator.closer.out.weight, std=0.1)
+    return allocator
 
 
 def _letters(pad: str) -> LlamaTokenizer:

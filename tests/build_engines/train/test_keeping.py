@@ -14,6 +14,7 @@ from build_engines.model import fingerprint
 from build_engines.model.qformer import QFormer
 from build_engines.train import keeping
 from build_engines.train.__main__ import main
+from build_engines.train.clips_stage import train_clips
 from build_engines.train.publishing import parts_before_clips
 from build_engines.train.stages import Plan
 
@@ -80,15 +81,19 @@ def looks(out: Path) -> list[torch.Tensor]:
 
 @pytest.mark.slow
 def test_clips_are_looked_at_again_by_other_weights(tiny_training: Path, tmp_path: Path) -> None:
-    """So are the symbols of a published checkpoint. What the same weights said is loaded."""
+    """So are the symbols of a published checkpoint. What the same weights said is loaded.
+
+    The stage runs without the command, which would write and evaluate a checkpoint after it.
+    """
     checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
     shutil.copytree(tiny_training / "checkpoint", checkpoint)
-    arguments = ["--out", str(out), *COMMON, "--stages", "clips", "--start", str(checkpoint)]
-    assert main(arguments) == 0
+    out.mkdir()
+    plan = Plan(out, compiled=False, tiny=True, start=checkpoint)
+    train_clips(plan)
     paths = [out / "clips_kept_0.pt", out / "clips_symbols.pt"]
     first = [path.stat().st_ino for path in paths]
     (out / "clips.pt").unlink()
-    assert main([*arguments, "--resume"]) == 0
+    train_clips(plan)
     assert [path.stat().st_ino for path in paths] == first
     weights = load_file(checkpoint / "model.safetensors")
     weights["language_projection.weight"] = weights["language_projection.weight"] * 1.5
@@ -96,9 +101,9 @@ def test_clips_are_looked_at_again_by_other_weights(tiny_training: Path, tmp_pat
     os.truncate(paths[0], paths[0].stat().st_size // 2)
     (out / "clips.pt").unlink()
     before = torch.load(paths[1])["content"]
-    assert main([*arguments, "--resume"]) == 0
+    train_clips(plan)
     after = torch.load(paths[1])["content"]
     assert any(not torch.equal(after[name], weight) for name, weight in before.items())
-    parts = parts_before_clips(Plan(out, tiny=True, start=checkpoint))
+    parts = parts_before_clips(plan)
     named = fingerprint.of_modules(parts.model.vision_model, parts.allocator, QFormer(parts.model))
     assert torch.load(paths[0], weights_only=False)["key"].startswith(named)

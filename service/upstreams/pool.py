@@ -319,7 +319,7 @@ class Pool:
         now, balance = time.monotonic(), self.llm.balance if kind == FIRST_TOKEN else self.vision.balance
         match outcome:
             case "ok":
-                member.breaker.succeeded(now)
+                member.breaker.succeeded(now, is_whole=kind != FIRST_TOKEN)
                 if kind != WHOLE_ANSWER:
                     balance.measured(member.load, kind, now - begun, now)
             case "late":
@@ -336,12 +336,13 @@ class Pool:
 
     @contextmanager
     def _blaming(self, member: Member) -> Iterator[None]:
-        """Tell the Triton's breaker of a failure after the first token."""
+        """Tell the Triton's breaker how an answer went on after its first token."""
         try:
             yield
         except (Unavailable, InternalError):
-            member.breaker.failed(time.monotonic(), random.random())
+            member.breaker.failed(time.monotonic(), random.random(), is_cut=True)
             raise
+        member.breaker.succeeded(time.monotonic())
 
     async def watch(self, interval_s: float, timeout_s: float) -> None:
         """Probe all Tritons until `leave`, those that are out ten times as often. Follow names with DNS.
@@ -444,7 +445,7 @@ class Pool:
                 member.faults[model] = fault
                 return
             member.faults.pop(model, None)
-        member.breaker.succeeded(time.monotonic())
+        member.breaker.succeeded(time.monotonic(), is_whole=False)
 
     def _is_ready(self, address: str) -> bool:
         return address not in self.faults()

@@ -30,6 +30,23 @@ def test_failures_in_a_row_open_it_and_a_success_between_them_does_not():
     assert breaker.state(0.0) is State.OPEN
 
 
+def test_streams_that_are_cut_open_it_although_each_begins_well_and_probes_succeed():
+    breaker = Breaker()
+    for number in range(FAILURES_TO_OPEN):
+        assert breaker.state(0.0) is State.CLOSED, number
+        breaker.succeeded(0.0, is_whole=False)
+        breaker.failed(0.0, is_cut=True)
+    assert breaker.state(0.0) is State.OPEN
+
+
+def test_an_answer_that_came_to_its_end_makes_up_for_those_that_were_cut():
+    breaker = Breaker()
+    for _ in range(10 * FAILURES_TO_OPEN):
+        breaker.failed(0.0, is_cut=True)
+        breaker.succeeded(0.0)
+    assert breaker.state(0.0) is State.CLOSED
+
+
 def test_a_success_after_the_pause_closes_it_and_the_failures_before_count_no_more():
     breaker = opened()
     assert breaker.state(LEAST_PAUSE_S) is State.HALF_OPEN

@@ -166,6 +166,33 @@ async def test_a_triton_that_fails_in_the_middle_of_several_answers_is_out():
     assert setting.pool.faults() == {A: "requests to it fail"}
 
 
+async def test_a_triton_that_fails_in_the_middle_of_one_answer_after_another_is_out():
+    setting = await Setting(A).started()
+    triton = setting.tritons[A]
+    triton.fault, triton.fails_after = Unavailable("gone"), 1
+    for _ in range(FAILURES_TO_OPEN):
+        assert setting.pool.faults() == {}
+        answer = setting.pool.generate(generation(), timeout_s=5.0)
+        await anext(answer)
+        with pytest.raises(Unavailable):
+            await anext(answer)
+    assert setting.pool.faults() == {A: "requests to it fail"}
+
+
+async def test_answers_that_come_to_their_end_make_up_for_those_that_do_not():
+    setting = await Setting(A).started()
+    triton = setting.tritons[A]
+    for _ in range(3 * FAILURES_TO_OPEN):
+        triton.fault, triton.fails_after = Unavailable("gone"), 1
+        with pytest.raises(Unavailable):
+            async for _ in setting.pool.generate(generation(), timeout_s=5.0):
+                pass
+        triton.fault, triton.fails_after = None, None
+        async for _ in setting.pool.generate(generation(), timeout_s=5.0):
+            pass
+    assert setting.pool.faults() == {}
+
+
 async def test_a_call_whose_time_is_over_is_not_tried_again():
     setting = await Setting().started()
     for triton in setting.tritons.values():

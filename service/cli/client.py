@@ -145,7 +145,7 @@ def stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
     with client.stream("POST", "/v1/vqa", json=body | {"stream": True}) as response:
         if not response.is_success:
             response.read()
-        for line in successful(response).iter_lines():
+        for line in lines_of(successful(response)):
             data = line.removeprefix("data: ")
             if data in ("", "[DONE]"):
                 continue
@@ -154,6 +154,14 @@ def stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
                 raise AskFailed(event["error"]["message"])
             if "delta" in event:
                 yield event["delta"]
+
+
+def lines_of(response: httpx.Response) -> Iterator[str]:
+    """Split at line feeds only. httpx's `iter_lines` splits at U+2028 and others, too, which an answer may have."""
+    rest = b""
+    for piece in response.iter_bytes():
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from (line.decode() for line in whole)
 
 
 def successful(response: httpx.Response) -> httpx.Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
 from service.cli.ask import is_id, require_sendable
-from service.cli.client import AskFailed, connected, is_loopback
+from service.cli.client import AskFailed, connected, is_loopback, stream
 from service.cli.options import url_of
 
 pytestmark = pytest.mark.slow  # together: almost every test starts a command of its own
@@ -338,3 +340,13 @@ def test_help_needs_no_pytorch(command):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "--help" in done.stdout
+
+
+def test_an_answer_may_have_what_some_take_for_a_line_break():
+    text = "a\u2028b\u0085c\x0bd"
+    event = "data: " + json.dumps({"delta": text}, ensure_ascii=False) + "\n\n"
+    transport = httpx.MockTransport(
+        lambda _: httpx.Response(200, content=iter([event.encode()[:9], event.encode()[9:]]))
+    )
+    with httpx.Client(transport=transport, base_url="http://a") as client:
+        assert list(stream(client, {})) == [text]

@@ -270,7 +270,7 @@ async def test_the_deadline_is_the_requests_timeout_and_is_told_with_details(ser
     # half a second, by gRPC's clocks, which differ by some milliseconds; without a deadline it would be 30 s
     assert 0 < float(re.search(r"timeout_s=([\d.]+): ", failed.message)[1]) < 1
     assert holds_nothing(service.house)
-    assert service.house.outcomes() == {"deadline_exceeded": 1}
+    assert service.house.outcomes() == {"short_deadline": 1}
 
 
 async def test_a_deadline_beyond_the_limit_is_cut_and_none_is_the_default():

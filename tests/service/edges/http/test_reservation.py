@@ -214,7 +214,7 @@ async def test_a_loop_that_stands_still_is_no_caller_that_has_gone(caller, strea
     await require_one_reservation(caller, sent, 200 if stream and started else 504)
     assert b'"deadline_exceeded"' in b"".join(sent.sent)
     assert (b"[DONE]" in sent.sent[-1]) == (stream and started)
-    assert caller.house.outcomes() == {"deadline_exceeded": 1}
+    assert caller.house.outcomes() == {"short_deadline": 1}
 
 
 async def test_the_end_of_the_service_is_told_to_each_request_that_still_runs(caller):

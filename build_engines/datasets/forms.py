@@ -44,7 +44,7 @@ def read(path: Path, form: str = "auto") -> Dataset:
             if form in ("auto", "jsonl"):
                 found.append((file, None))
         elif form != "jsonl":
-            content = _content(file, faults)
+            content = content_of(file, faults)
             kind = form_of(content)
             if kind and form in ("auto", kind):
                 found.append((file, content))
@@ -67,8 +67,9 @@ def question_files(folder: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether `glimpse eval` has written its answers and report there."""
-    return (folder / "run.json").is_file() and (folder / "answers.jsonl").is_file()
+    """Whether `glimpse eval` has written its answers and report there, or `glimpse adapt` its allocator."""
+    runs = (("run.json", "answers.jsonl"), ("adapted.json", "report.json"))
+    return any(all((folder / name).is_file() for name in names) for names in runs)
 
 
 def _json_files(folder: Path) -> list[Path]:
@@ -112,16 +113,32 @@ def entries_of(content: Any, file: Path, folder: Path, skipped: Skipped) -> list
 
 def jsonl_entries(file: Path, skipped: Skipped) -> Iterator[Entry]:
     """Raises NotReadable if the file cannot be read."""
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
+    return (entry for entry, _ in jsonl_lines(file, skipped))
+
+
+def jsonl_lines(file: Path, skipped: Skipped) -> Iterator[tuple[Entry, Mapping[str, Any]]]:
+    """Each line's question, whose id is the line's number, and the object that it was read from.
+
+    Raises NotReadable if the file cannot be read.
+    """
+    for number, line in lines_of(file):
         try:
             told = json.loads(line)
             answers = told["answers"] if told.get("answers") is not None else told.get("answer")
             kinds = {"type": (str(told["type"]),)} if told.get("type") else {}
-            yield Entry(str(told["image"]), str(told["question"]), _texts(answers), str(number), kinds)
+            entry = Entry(_text(told["image"]), _text(told["question"]), _texts(answers), str(number), kinds)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             skipped[f"{file.name}:{number}"] = f"needs a JSON object with image and question: {exc!r}"
+        else:
+            yield entry, told
+
+
+def lines_of(file: Path) -> Iterator[tuple[int, str]]:
+    """The file's lines that are not empty, with their numbers. Only a line feed ends a line.
+
+    Raises NotReadable if the file cannot be read.
+    """
+    return ((number, line) for number, line in enumerate(_read_text(file).split("\n"), 1) if line.strip())
 
 
 def annotations_of(file: Path, folder: Path, skipped: Skipped) -> dict[Any, Mapping[str, Any]]:
@@ -131,7 +148,7 @@ def annotations_of(file: Path, folder: Path, skipped: Skipped) -> dict[Any, Mapp
     files = files or sorted({*file.parent.glob("*annotations.json"), *folder.rglob("*annotations.json")})
     found: dict[Any, Mapping[str, Any]] = {}
     for path in files:
-        content = _content(path, skipped)
+        content = content_of(path, skipped)
         told = content.get("annotations") if isinstance(content, dict) else None
         for each in told if isinstance(told, list) else []:
             if isinstance(each, dict) and isinstance(each.get("question_id"), int | str):
@@ -145,7 +162,7 @@ def _read(file: Path, form: str, content: Any = None, folder: Path | None = None
         found, entries = "jsonl", list(jsonl_entries(file, skipped))
     else:
         if content is None:
-            content = _content(file, skipped)
+            content = content_of(file, skipped)
         found = form_of(content)
         if not found or form not in ("auto", found):
             reason = skipped.get(file.name) or f"its content is {found or 'of no known form'}"
@@ -157,15 +174,16 @@ def _read(file: Path, form: str, content: Any = None, folder: Path | None = None
     return Dataset(found, file, entries, skipped)
 
 
-def _content(file: Path, skipped: Skipped) -> Any:
+def content_of(file: Path, skipped: Skipped) -> Any:
+    """A JSON file's content; None if it is no JSON. Raises NotReadable if the file cannot be read."""
     try:
-        return json.loads(_text(file))
+        return json.loads(_read_text(file))
     except (ValueError, RecursionError) as exc:
         skipped[file.name] = f"no JSON: {exc}"
         return None
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     try:
         return file.read_text("utf-8-sig", errors="replace")
     except OSError as exc:
@@ -237,4 +255,11 @@ def _texts(told: Any) -> tuple[str, ...]:
     """One answer or a list of them; none for nothing."""
     if told is None or told == "":
         return ()
-    return tuple(str(one) for one in told) if isinstance(told, list) else (str(told),)
+    return tuple(_text(one) for one in told) if isinstance(told, list) else (_text(told),)
+
+
+def _text(told: Any) -> str:
+    """A text, or a number as a text. Raises TypeError for anything else."""
+    if not isinstance(told, str | int | float):
+        raise TypeError(f"{told!r} is no text")
+    return str(told)

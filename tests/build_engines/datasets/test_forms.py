@@ -62,6 +62,25 @@ def test_json_that_is_nested_too_deep_is_skipped(tmp_path: Path) -> None:
         forms.read(tmp_path / "nested.json")
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"image": null, "question": "?"}', '{"image": "a.png", "question": ["?"]}',
+     '{"image": "a.png", "question": "?", "answers": ["x", null]}'],
+)  # fmt: skip
+def test_what_is_no_text_is_no_question(line: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(line + '\n{"image": 7, "question": "?", "answer": 3}\n')
+    found = forms.read(tmp_path)
+    assert found.entries == [Entry("7", "?", ("3",), "2")]
+    assert "is no text" in found.skipped["q.jsonl:1"]
+
+
+def test_what_adapt_has_written_is_no_file_of_questions(tmp_path: Path) -> None:
+    (tmp_path / "adapted").mkdir()
+    for name in ("adapted.json", "report.json"):
+        (tmp_path / "adapted" / name).write_text("{}")
+    assert forms.question_files(tmp_path) == []
+
+
 def test_an_annotation_without_a_usable_question_id_is_passed_by(tmp_path: Path) -> None:
     (tmp_path / "questions.json").write_text(
         json.dumps({"questions": [{"image_id": 1, "question": "?", "question_id": 2}]})
@@ -139,6 +158,14 @@ def test_bad_records_are_left_out_with_their_place(tmp_path: Path) -> None:
     assert found.entries == [Entry("a", "?", ("x", "y", "x"), "0")]
     assert set(found.skipped) == {"q.json:1", "q.json:2"}
     assert found.entries[0].answer == "x"
+
+
+def test_only_cocos_numbers_stand_for_images(tmp_path: Path) -> None:
+    names = ["n161313.jpg", "2_7.jpg", "abstract_v002_val2015_000000000007.png"]
+    names += ["a/COCO_val2014_000000000009.jpg", "b/COCO_val2014_000000000009.jpg"]  # copies
+    names += ["COCO_train2014_000000000008.jpg", "000000000008.jpg"]
+    index = ImageIndex(tmp_path, [tmp_path / name for name in names])
+    assert [index.find(name) for name in ("161313", "7", "9", "8")] == [None, 2, 3, None]
 
 
 def test_an_image_is_found_by_path_name_stem_and_number(tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from build_engines import left_out
-from build_engines.calibration.asking import ABSENT, FOREIGN, WORDS, Picture, Task, ask, scenes, told
+from build_engines.calibration.asking import ABSENT, FOREIGN, WORDS, Picture, Task, ask, budget_of, scenes, told
 from build_engines.calibration.chain import Chain
 from build_engines.calibration.fitting import Asked, TooFew, fitted
 from build_engines.calibration.foreign import foreign
 from build_engines.calibration.kept import Kept
 from build_engines.calibration.several import keeping_several, with_several
 from build_engines.calibration.writing import write
+from build_engines.datasets.entries import NotReadable
 from build_engines.scenes.held_out import NEW, PAIRS, SMALL
 from service.core.card import ModelCard
 from service.core.confidence import Words, summary
@@ -53,29 +54,30 @@ def collected(
     What each picture brings is kept in the file `kept`, and is not asked for again. `skipped` gets the pictures and
     foreign files that cannot be used, by name, with the reason.
     """
-    known, left = Kept(kept), {} if skipped is None else skipped
+    left = {} if skipped is None else skipped
 
-    def material(picture: Picture, *, is_foreign: bool) -> list[Asked]:
-        if (asked := known.get(picture)) is None:
+    def material(known: Kept, picture: Picture, *, is_foreign: bool) -> list[Asked]:
+        budget = budget_of(chain.card, closely=picture.closely)
+        if (asked := known.get(picture, budget)) is None:
             try:
                 ((view, outcomes),) = ask(chain, [picture])
             except GlimpseError as exc:
                 left[picture.name] = str(exc)
                 return []
             asked = Asked(summary(view.vision), outcomes, is_foreign)
-            known.put(picture, asked)
+            known.put(picture, budget, asked)
         return [asked]
 
-    own = [material(each, is_foreign=False) for each in tqdm(pictures, desc="questions", unit="image")]
-    used = [picture for picture, found in zip(pictures, own, strict=True) if found]
-    asked = [task for picture in used for task in picture.tasks if task.group != ABSENT]
-    strangers = []
-    for index, (name, data) in enumerate(foreign_files.items()):
-        tasks = [Task(0, FOREIGN, task.question, None, None) for task in asked[7 * index :][:FOREIGN_QUESTIONS]]
-        strangers.append(Picture(data, tasks, name=name))
-    return list(
-        chain_of(*own, *(material(each, is_foreign=True) for each in tqdm(strangers, desc="foreign", unit="image")))
-    )
+    with Kept(kept) as known:
+        own = [material(known, each, is_foreign=False) for each in tqdm(pictures, desc="questions", unit="image")]
+        used = [picture for picture, found in zip(pictures, own, strict=True) if found]
+        asked = [task for picture in used for task in picture.tasks if task.group != ABSENT]
+        strangers = []
+        for index, (name, data) in enumerate(foreign_files.items()):
+            tasks = [Task(0, FOREIGN, task.question, None, None) for task in asked[7 * index :][:FOREIGN_QUESTIONS]]
+            strangers.append(Picture(data, tasks, name=name))
+        others = [material(known, each, is_foreign=True) for each in tqdm(strangers, desc="foreign", unit="image")]
+    return list(chain_of(*own, *others))
 
 
 def reference_material(chain: Chain, share: float = 1.0, kept: Path | None = None) -> list[Asked]:
@@ -148,26 +150,29 @@ def weights_of(card: ModelCard) -> dict[str, str]:
 def words_of(path: Path | None) -> Words:
     if path is None:
         return WORDS
-    given = json.loads(path.read_text())
-    return Words(frozenset(given["names"]), tuple(given["presence"]), frozenset(given["denials"]))
+    try:
+        given = json.loads(path.read_text("utf-8-sig"))
+        return Words(frozenset(given["names"]), tuple(given["presence"]), frozenset(given["denials"]))
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ValueError(f"{path}: give names, presence and denials, each a list of texts ({exc!r})") from exc
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         chain = Chain.load(given.repository, threads=1)
-        weights = weights_of(chain.card)
+        weights, words = weights_of(chain.card), words_of(given.words)
         kept = given.kept / f"{'-'.join(weights.values())}.jsonl"
         if given.questions is None:
             material = reference_material(chain, kept=kept)
         else:
             material = own_material(chain, given.questions, given.foreign, kept)
-        calibration = fitted(material, words_of(given.words), weights)
+        calibration = fitted(material, words, weights)
         if given.questions is None:
             calibration = with_several(calibration, chain)
         elif chain.card.confidence is not None:
             calibration = keeping_several(calibration, chain.card.confidence)
-    except (TooFew, ValueError, OSError) as error:
+    except (TooFew, NotReadable, ValueError, OSError) as error:
         print(f"glimpse calibrate: {error}", file=sys.stderr)
         return 2
     write(calibration, given.repository, given.checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,11 @@ from PIL import Image
 
 from build_engines.calibration.absent import about_nothing
 from build_engines.calibration.chain import Chain, View
+from build_engines.datasets.forms import jsonl_lines
 from build_engines.scenes.held_out import QUALITY, SMALL, SPLITS, held_out_scenes
 from build_engines.scenes.questions import Question
 from build_engines.scenes.world import COLOUR_NAMES, SHAPES, SIZE_NAMES
+from service.core.card import ModelCard
 from service.core.confidence import Signals, Words
 from service.core.request import Budget
 
@@ -49,6 +50,12 @@ class Task:
     question: str
     answer: str | None  # None: there is no right one
     found: bool | None  # whether what it names is there; None if it names nothing, or if it is not known
+    others: tuple[str, ...] = ()  # answers that are right too
+
+    def is_right(self, text: str) -> bool:
+        """Whether this is a right answer, in whatever case."""
+        known = () if self.answer is None else (self.answer, *self.others)
+        return text.lower() in {each.strip().lower() for each in known}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +103,42 @@ def as_webp(pixels: np.ndarray) -> bytes:
 
 
 def told(path: Path, skipped: dict[str, str] | None = None) -> Iterator[Picture]:
-    """Read questions with known answers: JSON lines of image (a file beside it), question, answer and, if the question
-    names something, found. `skipped` gets the lines whose image cannot be read. Raises ValueError, which names the
-    line."""
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    """Read questions with known answers, and group them by image.
+
+    They are JSON lines of image (a file beside it), question, answer (or answers, if several are right) and, if the
+    question names something, found. `skipped` gets the lines that are no questions, and the images that cannot be read;
+    without it they raise ValueError and OSError.
+    """
+    faults: dict[str, str] = {}
+    named: dict[Path, str] = {}  # what messages call an image: its first line
+    tasks: dict[Path, list[Task]] = {}
+    numbers: dict[Path, int] = {}
+    for entry, row in jsonl_lines(path, faults):
+        place, image = f"{path.name}:{entry.id}", path.parent / entry.image
+        if not entry.answers or not isinstance(row.get("found"), bool | None):
+            faults[place] = "needs an answer, and if there is one, a found of true or false"
+            continue
+        number = numbers.setdefault(image, len(numbers))
+        named.setdefault(image, f"{place}: {entry.image}")
+        answer, *others = entry.answers
+        task = Task(number, str(row.get("split", "all")), entry.question, answer, row.get("found"), tuple(others))
+        tasks.setdefault(image, []).append(task)
+    for place, reason in faults.items():
+        if skipped is None:
+            raise ValueError(f"{path.parent / place}: give image, question and answer ({reason})")
+        skipped[place] = reason
+    for image, name in named.items():
         try:
-            row = json.loads(line)
-            task = Task(number, str(row.get("split", "all")), row["question"], row["answer"], row.get("found"))
-            name = f"{path.name}:{number}: {row['image']}"
-            yield Picture((path.parent / row["image"]).read_bytes(), [task], name=name)
+            yield Picture(image.read_bytes(), tasks[image], name=name)
         except OSError as exc:
             if skipped is None:
                 raise
             skipped[name] = str(exc)
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
-            raise ValueError(f"{path}, line {number}: give image, question and answer ({exc!r})") from exc
+
+
+def budget_of(card: ModelCard, *, closely: bool) -> Budget:
+    """The budget of a request that names none: what the service spends where its confidence is shown."""
+    return Budget(card.unasked_vision_tokens("high" if closely else "low"), card.default_visual_tokens)
 
 
 def ask(chain: Chain, pictures: Iterable[Picture]) -> Iterator[tuple[View, list[Outcome]]]:
@@ -118,7 +146,7 @@ def ask(chain: Chain, pictures: Iterable[Picture]) -> Iterator[tuple[View, list[
     card = chain.card
     for picture in pictures:
         view = chain.look(picture.data, closely=picture.closely)
-        budget = Budget(card.vision_tokens_for("high" if picture.closely else "low"), card.default_visual_tokens)
+        budget = budget_of(card, closely=picture.closely)
         seen = [chain.attend(view, task.question, budget) for task in picture.tasks]
         said = chain.answer((one, task.question) for one, task in zip(seen, picture.tasks, strict=True))
         yield (
@@ -127,7 +155,7 @@ def ask(chain: Chain, pictures: Iterable[Picture]) -> Iterator[tuple[View, list[
                 Outcome(
                     task,
                     Signals.of(task.question, answer.text, answer.log_prob, [one]),
-                    task.answer is not None and answer.text.lower() == task.answer.strip().lower(),
+                    task.is_right(answer.text),
                 )
                 for task, one, answer in zip(picture.tasks, seen, said, strict=True)
             ],

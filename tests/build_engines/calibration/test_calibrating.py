@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from build_engines.calibration.__main__ import collected, main
-from build_engines.calibration.asking import told
-from build_engines.calibration.chain import Chain, View
+from build_engines.calibration.__main__ import collected, main, words_of
+from build_engines.calibration.asking import Outcome, Picture, Task, budget_of, told
+from build_engines.calibration.chain import Chain, Said, View
+from build_engines.calibration.fitting import Asked
+from build_engines.calibration.kept import Kept
 from build_engines.calibration.writing import write
 from build_engines.convert.run import digests
 from build_engines.verify.files import check_manifest
 from build_engines.verify.report import Report
 from service.core.card import ModelCard
+from service.core.confidence import Signals
 from service.core.request import Budget
+from service.core.vision import Relevance, Seen, VisionFeatures
 from tests.support.calibrations import calibrated
 from tests.support.fakes import png
 from tests.support.paths import PROJECT, SCENES
@@ -89,7 +94,7 @@ class Looking(Chain):
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     chain, kept = Looking.load(REPOSITORY), tmp_path / "kept" / "weights.jsonl"
-    pictures, foreign = list(told(questions(tmp_path, 3))), {"a.png": png()}
+    pictures, foreign = list(told(questions(tmp_path, 40)))[:3], {"a.png": png()}
     first = collected(chain, pictures[:2], {}, kept)
     assert chain.looks == 2
     with kept.open("r+b") as file:  # stopped in the middle of a line
@@ -163,11 +168,117 @@ def test_a_calibrated_repository_is_still_what_its_manifest_says(tmp_path: Path)
     assert (repository / "card.json").read_text() != before
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"image": "a.png"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"image": "a.png"}',
+        '{"image": "a.png", "question": "what?"}',
+        '{"image": "a.png", "question": ["what?"], "answer": "x"}',
+        '{"image": "a.png", "question": "what?", "answer": {"x": 1}}',
+        '{"image": "a.png", "question": "what?", "answer": "x", "found": "yes"}',
+    ],
+)
 def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "q.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"q.jsonl, line 1: give image, question and answer"):
+    with pytest.raises(ValueError, match=r"q.jsonl:1: give image, question and answer"):
         list(told(tmp_path / "q.jsonl"))
+
+
+def test_questions_about_one_image_are_one_picture(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png())
+    rows = [
+        {"image": "b.png", "question": "how many\u2028dots?", "answer": 3, "found": True},
+        {"image": "gone.png", "question": "what?", "answer": "x"},
+        {"image": "a.png", "question": "what colour?", "answers": ["red", " Crimson"], "split": "s"},
+        {"image": "./b.png", "question": "where?", "answer": "here"},
+        {"image": "gone.png", "question": "where?", "answer": "x"},
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "q.jsonl").write_text("\n\n".join([*lines, "{"]), "utf-8-sig")
+    skipped: dict[str, str] = {}
+    first, second = told(tmp_path / "q.jsonl", skipped)
+    assert [(task.image, task.group, task.question, task.found) for task in first.tasks] == [
+        (0, "all", "how many\u2028dots?", True),
+        (0, "all", "where?", None),
+    ]
+    assert [task.image for task in second.tasks] == [2]
+    assert [first.tasks[0].is_right(said) for said in ("3", "three")] == [True, False]
+    assert [second.tasks[0].is_right(said) for said in ("Red", "crimson", "blue")] == [True, True, False]
+    assert set(skipped) == {"q.jsonl:3: gone.png", "q.jsonl:11"}
+
+
+class Standing:
+    """Stands for a chain: answers everything alike, and notes the budgets."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self.card, self.budgets = card, list[Budget]()
+
+    def look(self, data: bytes, *, closely: bool = False) -> View:
+        features = VisionFeatures(
+            np.zeros((257, self.card.vision_width), np.float16), *(np.zeros(256, np.float32) for _ in range(3))
+        )
+        return View(features)
+
+    def attend(self, view: View, question: str, budget: Budget) -> Seen:
+        self.budgets.append(budget)
+        relevance = Relevance(
+            np.zeros((16, 16), np.float32), np.zeros((3, 16, 16), np.float32), np.zeros((8, 8), np.int32),
+            np.zeros(2, np.float32),
+        )  # fmt: skip
+        return Seen(np.zeros((32, 8), np.float32), relevance, budget)
+
+    def answer(self, asked: Iterable[tuple[Seen, str]]) -> list[Said]:
+        return [Said("red", -0.1, 2) for _ in asked]
+
+
+def test_a_question_gets_the_budget_of_a_request_that_names_none(tmp_path: Path) -> None:
+    """Answers that were kept with another budget are not taken for these."""
+    card = ModelCard.from_json((REPOSITORY / "card.json").read_text())
+    task, kept = Task(0, "all", "what?", "red", None), tmp_path / "kept.jsonl"
+    pictures = [Picture(b"1", [task]), Picture(b"2", [task, task], closely=True)]
+    for default in ((96, 128), (64, 256)):
+        chain = Standing(replace(card, default_vision_tokens=default))
+        for _ in range(2):
+            found = collected(chain, pictures, {}, kept)  # type: ignore[arg-type]
+            assert [outcome.right for each in found for outcome in each.outcomes] == [True] * 3
+        most = chain.card.unasked_vision_tokens("high")[1]
+        assert [budget.vision_tokens for budget in chain.budgets] == [default, *[(default[0], most)] * 2]
+    assert len(kept.read_text().splitlines()) == 4
+
+
+def test_only_an_unfinished_line_is_cut_off_what_is_kept(tmp_path: Path) -> None:
+    card = ModelCard.from_json((REPOSITORY / "card.json").read_text())
+    budget, path = budget_of(card, closely=False), tmp_path / "kept.jsonl"
+    picture = Picture(b"1", [Task(0, "all", "what?", "red", None, ("crimson",))])
+    signals = Signals("what?", "red", -0.1, 0.5, 0.5, 0.5, False, 0.0)
+    asked = Asked(np.zeros(3, np.float32), [Outcome(picture.tasks[0], signals, right=True)])
+    with Kept(path) as kept:
+        kept.put(picture, budget, asked)
+        assert json.loads(path.read_text())["is_foreign"] is False  # on the disk at once
+    with path.open("a") as file:
+        file.write('{"key": "of a version that wrote less"}\n{"key": "unfin')
+    before = path.stat().st_ino
+    with Kept(path) as kept:
+        found = kept.get(picture, budget)
+        assert found is not None
+        assert found.outcomes == asked.outcomes
+        with pytest.raises(ValueError, match="another process uses"):
+            Kept(path)
+        kept.put(Picture(b"2", picture.tasks), budget, asked)
+    assert path.stat().st_ino == before
+    assert [line[-1] for line in path.read_text().splitlines()] == ["}"] * 3
+    with Kept(path) as kept:
+        assert kept.get(Picture(b"2", picture.tasks), budget) is not None
+
+
+@pytest.mark.parametrize("content", ["{", '{"names": []}', "[]", '{"names": 1, "presence": [], "denials": []}'])
+def test_words_of_another_form_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_text(content)
+    with pytest.raises(ValueError, match="give names, presence and denials"):
+        words_of(tmp_path / "words.json")
 
 
 def test_the_committed_calibration_is_of_the_committed_weights() -> None:

@@ -24,6 +24,7 @@ from service.text.prompt import PromptBuilder
 
 ALONE = Peers()
 IGNORED = -100  # no target
+SPACE = "\u2581"  # of SentencePiece's vocabularies
 MOST_ANSWER = 10  # tokens of the teacher's answer; a longer one is cut
 
 
@@ -73,10 +74,22 @@ class Questions:
         """The ids after the visual tokens: BOS and the template with the question."""
         return self._text(question)
 
-    def answer(self, text: str) -> list[int]:
-        """The ids of an answer, without the end: its text follows the prompt after a space."""
-        ids: list[int] = self._prompts.tokenizer.encode(f" {text.strip()}", add_special_tokens=False).ids
-        return ids[:MOST_ANSWER]
+    def answer(self, question: str, text: str) -> list[int]:
+        """The ids of an answer, without the end: its text follows the prompt after a space.
+
+        They are read behind the prompt, because tokenizers of Llamas put a space of their own before a text.
+        """
+        prompt = self._prompts.card.prompt_template.replace("{question}", question)
+        before, whole = self._ids(prompt), self._ids(f"{prompt} {text.strip()}")
+        if whole[: len(before)] == before:
+            return whole[len(before) :][:MOST_ANSWER]
+        alone = self._ids(f" {text.strip()}")  # the answer's first letters join the prompt's last token
+        stray = len(alone) > 1 and self._prompts.tokenizer.id_to_token(alone[0]) == SPACE
+        return alone[stray : MOST_ANSWER + stray]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._prompts.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
 
 @dataclass(frozen=True)

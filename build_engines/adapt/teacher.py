@@ -135,6 +135,7 @@ class Teacher:
             store.key,
             str(MOST_ANSWER),
             *(f"{one.image} {one.text} {one.answer}" for one in asked),
+            *(str(self.questions.answer(one.text, one.answer)) for one in asked if self.form == ANSWERS),
         ]
         return blake3("\n".join(told).encode()).hexdigest()
 
@@ -155,7 +156,8 @@ class Teacher:
         said = self.language.answer(visual, texts)
         if self.form == ANSWERS:
             said = [
-                self.questions.answer(one.answer) if one.answer else own for one, own in zip(asked, said, strict=True)
+                self.questions.answer(one.text, one.answer) if one.answer else own
+                for one, own in zip(asked, said, strict=True)
             ]
         spoken = self.language.speak(visual, texts, said)
         (gradient,) = torch.autograd.grad(spoken.margins.sum(), gates)

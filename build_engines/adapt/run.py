@@ -189,10 +189,10 @@ def publish(
     """Write weights, card, report, plot and the list of what was left out. `models` names what it was made for."""
     save_allocator(student.allocator.cpu(), job.out / WEIGHTS)
     (job.out / QFORMER).unlink(missing_ok=True)
-    if len(student.adapters):
+    state = FIXED if not told["gains"] else TRAINED if job.teacher == ANSWERS else DISTILLED
+    if len(student.adapters) and state != FIXED:
         weights = changed(qformer)
         save_file({name: weight.half() for name, weight in weights.items()}, job.out / QFORMER)
-    state = FIXED if not told["gains"] else TRAINED if job.teacher == ANSWERS else DISTILLED
     low, high = told["default_vision_tokens"]
     adapted = replace(
         models,

@@ -2,7 +2,7 @@
 
 DIR/adapted.json             how it came about, for which models, and what the model card gets
 DIR/allocator.safetensors    its weights, as beside a checkpoint
-DIR/qformer.safetensors      the Q-Former's weights that LoRA changed, if it was asked for
+DIR/qformer.safetensors      the Q-Former's weights that LoRA changed, if it was asked for and the state is not fixed
 """
 
 from __future__ import annotations

@@ -165,19 +165,20 @@ class Checkpoint:
         Q-Former fit no other Q-Former.
         """
         told = Adapted.read(folder)
+        changes_qformer = told.state != FIXED and (folder / QFORMER).exists()  # fixed ones once had the file too
         of_another = None
         if told.encoder != self.vision_fingerprint():
             of_another = "encoder"
         elif told.question_tokenizer and told.question_tokenizer != self.question_fingerprint():
             of_another = "tokenizer of the question"
-        elif told.qformer and (folder / QFORMER).exists() and told.qformer != self.qformer_fingerprint():
+        elif told.qformer and changes_qformer and told.qformer != self.qformer_fingerprint():
             of_another = "Q-Former"
         if of_another is not None:
             raise ValueError(
                 f"{folder} was adapted to another {of_another}: run `glimpse adapt` with this checkpoint, or build the "
                 "one that it was made with"
             )
-        if (folder / QFORMER).exists():
+        if changes_qformer:
             self.model.load_state_dict(load_file(folder / QFORMER), strict=False)
         new = RelevanceAllocator(None) if told.state == FIXED else load_allocator(folder / WEIGHTS)
         return dataclasses.replace(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from build_engines.adapt.__main__ import main
+from build_engines.adapt.data import Data
 from build_engines.adapt.features import detail_of
-from build_engines.adapt.run import asked_models
+from build_engines.adapt.run import Job, asked_models, publish
+from build_engines.adapt.train import Schedule
 from build_engines.convert import __main__ as build
 from build_engines.model.adapted import DISTILLED, FIXED, Adapted
+from build_engines.model.allocator import RelevanceAllocator
 from build_engines.model.checkpoint import Checkpoint
 from service.core.card import ModelCard
+from service.media.decoder import ImageLimits
 from tests.support.once import Once
 from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna
 
@@ -194,8 +199,13 @@ def test_an_allocator_of_another_tokenizer_or_qformer_is_refused(family: Family,
 
 
 def test_an_allocator_that_gains_nothing_stays_with_the_full_view(family: Family, tmp_path: Path) -> None:
-    dataclasses.replace(Adapted.read(family.out), state=FIXED, default_vision_tokens=(256, 256)).write(tmp_path)
+    told = dataclasses.replace(Adapted.read(family.out), state=FIXED, default_vision_tokens=(256, 256), qformer="other")
+    told.write(tmp_path)
+    plain = Checkpoint.load(family.checkpoint)
+    name, weight = next((n, w) for n, w in plain.model.state_dict().items() if "crossattention.attention.key.w" in n)
+    save_file({name: weight + 1}, tmp_path / "qformer.safetensors")  # earlier versions wrote what LoRA changed
     checkpoint = Checkpoint.load(family.checkpoint, tmp_path)
+    assert checkpoint.qformer_fingerprint() == plain.qformer_fingerprint()
     assert checkpoint.participatory is None
     assert checkpoint.card["default_vision_tokens"] == [256, 256]
 
@@ -247,10 +257,61 @@ def test_tokens_need_no_language_model_and_lora_changes_the_qformer(family: Fami
     assert main(family.arguments(tmp_path / "out", *more)) == 0
     arms = json.loads((tmp_path / "out" / "report.json").read_text())["arms"]
     assert arms["guided"][-1]["agreement"]["value"] > arms["random"][0]["agreement"]["value"]
+    assert (tmp_path / "out" / "qformer.safetensors").exists() == (Adapted.read(tmp_path / "out").state != FIXED)
+    trained = torch.load(tmp_path / "out" / "work" / "training.pt", weights_only=True)["student"]
+    assert any(name.startswith("adapters.") and weight.any() for name, weight in trained.items())
     weights = load_file(tmp_path / "out" / "qformer.safetensors")
     own = Checkpoint.load(family.checkpoint).model.state_dict()
     moved = {name for name, weight in weights.items() if not torch.equal(weight.float(), own[name].half().float())}
     assert {name.split(".")[-2] for name in moved} == {"query", "key", "value"}
+
+
+@OPT
+def test_a_single_image_with_an_answer_is_refused_at_once(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(family.data, tmp_path / "data")
+    (tmp_path / "data" / "questions.txt").write_text("0.png\twhat?\tred\n1.png\twhat?\n2.png\twhat?\n")
+    job = dataclasses.replace(family, data=tmp_path / "data")
+    assert main(job.arguments(tmp_path / "out", "--teacher", "answers")) == 2
+    assert "1 of 3 images can be used, and two are needed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@OPT
+def test_a_single_image_that_can_be_decoded_is_refused_before_training(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(family.data, tmp_path / "data")
+    (tmp_path / "data" / "questions.txt").write_text("0.png\twhat?\nbroken.jpg\twhat?\n")
+    job = dataclasses.replace(family, data=tmp_path / "data")
+    assert main(job.arguments(tmp_path / "out")) == 2
+    assert "1 of 2 images can be used, and two are needed" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "work" / "training.pt").exists()
+    assert json.loads((tmp_path / "out" / "work" / "job.json").read_text()) == {"teacher": "likelihood"}
+
+
+@pytest.mark.parametrize("gains", [False, True])
+def test_a_fixed_result_leaves_the_qformer_as_it_was(gains: bool, tmp_path: Path) -> None:
+    class Head(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = torch.nn.Linear(2, 2)
+
+    qformer = torch.nn.ModuleDict({"crossattention": torch.nn.ModuleDict({"attention": Head()})})
+    qformer = torch.nn.ModuleDict({"0": qformer})
+    job = Job(tmp_path, tmp_path, "tokens", Schedule(), 1, 0, 0.9, ImageLimits(), 2)
+    figure = {"agreement": {"value": 1.0, "low": 1.0, "high": 1.0}, "vision_tokens": 64}
+    told = {
+        "gains": gains, "default_vision_tokens": [256, 256], "closer_view_at": 1.0, "teacher": "tokens",
+        "data": {"images": 1, "questions": 1}, "adaptive": figure, "threshold": 0.9,
+        "arms": {"guided": [figure]}, "closer": {},
+    }  # fmt: skip
+    student = SimpleNamespace(allocator=RelevanceAllocator(None), adapters=[torch.zeros(1)])
+    parts = (Data([], []), SimpleNamespace(broken={}), student, qformer, Adapted(FIXED, "e", (0, 0)))
+    (tmp_path / "qformer.safetensors").write_bytes(b"of an earlier run")
+    assert publish(job, *parts, told).state == (DISTILLED if gains else FIXED)  # type: ignore[arg-type]
+    assert (tmp_path / "qformer.safetensors").exists() == gains
 
 
 def test_the_closer_views_quarters_lie_on_one_grid() -> None:

@@ -106,6 +106,9 @@ class Teacher:
         mode: Any = "r+" if kept["done"] and path.exists() else "w+"
         if mode == "w+":
             kept = _kept(record, "")
+            self.peers.wait()  # every process has read the record
+            if self.peers.writes:
+                record.unlink(missing_ok=True)  # before its file is emptied
         importance = self.peers.opened(path, mode, (len(asked), PATCH_COUNT))
         found = Lessons(kept["answers"], kept["sure"], kept["nearer"], importance)
         bar = tqdm(

@@ -92,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"glimpse adapt: {refused}", file=sys.stderr)
         return 2
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{source}: teacher {job.teacher}, {len(found.images)} images, {len(found.questions)} questions")
+        questions = f"{len(found.questions)} questions (format {found.form})"
+        print(f"{source}: teacher {job.teacher}, {len(found.images)} images, {questions}")
         print(wanted.told() + (f"; {len(found.skipped)} entries of the data are left out" if found.skipped else ""))
     if options.dry_run:
         return 0

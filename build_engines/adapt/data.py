@@ -3,21 +3,21 @@
 | form | files in the folder |
 |---|---|
 | plain | images, and questions.txt; a line is a question, or image, tab, question, or these and a tab and the answer |
-| JSONL | `*.jsonl`, one object a line: `image`, `question`, optional `answer` |
+| JSONL | `*.jsonl`, one object a line: `image`, `question`, optional `answer`; other JSON files are not read then |
 | VQAv2 | `*questions.json` with `questions` (`image_id`, `question`), optional `*annotations.json` |
 | GQA | `*.json`, an object by question id: `imageId`, `question`, optional `answer` |
 | TextVQA | `*.json` with `data`: `image_id`, `question`, optional `answers` |
 | DocVQA | `*.json` with `data`: `image`, `question`, optional `answers` |
 
-`build_engines/datasets` reads all but the first. Images lie anywhere below the folder. Without any questions,
-templates are used. Files that cannot be used are listed with the reason, and left out.
+`build_engines/datasets` reads all but the first. JSON files lie in the folder, or if it has none, in the folders in
+it. Images lie anywhere below the folder. Templates ask only if there is no file that could have questions. What cannot
+be used is listed with the reason, and left out.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,8 +67,8 @@ class Data:
 def read(folder: Path, limit: int | None = None) -> Data:
     """Read a folder. limit: use only this many images, in the order of their names.
 
-    Raises Refused if there are no images, questions of which none is about an image of the folder, or a file of
-    questions that cannot be read.
+    Raises Refused if there are no images, if no question is about an image of the folder, or if there are files that
+    could have questions and none has one.
     """
     if not folder.is_dir():
         raise Refused(f"--data {folder} is not a folder: give one with images and questions")
@@ -77,7 +77,7 @@ def read(folder: Path, limit: int | None = None) -> Data:
         raise Refused(f"--data {folder} has no images: add some ({', '.join(sorted(SUFFIXES))})")
     skipped: dict[str, str] = {}
     try:
-        form, lines = _lines(folder, skipped)
+        form, lines = _lines(folder, paths, skipped)
     except NotReadable as exc:
         raise Refused(f"--data {folder}: {exc}") from exc
     if lines is None:
@@ -97,32 +97,71 @@ def read(folder: Path, limit: int | None = None) -> Data:
     )
 
 
-def _lines(folder: Path, skipped: dict[str, str]) -> tuple[str, list[Entry] | None]:
-    """The form, and every question of the folder's files; None without such files."""
+def _lines(folder: Path, paths: Sequence[Path], skipped: dict[str, str]) -> tuple[str, list[Entry] | None]:
+    """The form, and every question of the folder's files; None if no file could have questions.
+
+    Raises NotReadable if such files have none.
+    """
     if (plain := folder / "questions.txt").exists():
-        return "plain", list(_plain(plain.read_text(errors="replace").splitlines(), skipped))
-    if jsonl := sorted(folder.glob("*.jsonl")):
-        return "jsonl", [entry for path in jsonl for entry in forms.jsonl_entries(path, skipped)]
-    found: list[Entry] = []
-    form = ""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError) as exc:
-            skipped[path.name] = f"no JSON: {exc}"
-            continue
+        return "plain", list(_plain(forms.lines_of(plain), skipped))
+    files = forms.question_files(folder)
+    if lines := [path for path in files if path.suffix == ".jsonl"]:
+        form, found = "jsonl", [entry for path in lines for entry in forms.jsonl_entries(path, skipped)]
+    else:
+        form, found = _of_json(files, folder, skipped)
+    if found:
+        return form, found
+    if reasons := _without_questions(folder, files, paths, skipped):
+        few = "; ".join(reasons[:3])
+        raise NotReadable(f"its files have no questions: {few}. Correct them, or take them out so that templates ask")
+    return "templates", None
+
+
+def _of_json(files: Iterable[Path], folder: Path, skipped: dict[str, str]) -> tuple[str, list[Entry]]:
+    """The form of the first file of questions, and the questions of all."""
+    form, found = "", list[Entry]()
+    for path in files:
+        content = forms.content_of(path, skipped)
         if kind := NAMES.get(forms.form_of(content)):
             form = form or kind
             found += forms.entries_of(content, path, folder, skipped)
-    return (form, found) if found else ("templates", None)
+    return form, found
 
 
-def _plain(lines: Iterable[str], skipped: dict[str, str]) -> Iterator[Entry]:
+def _without_questions(
+    folder: Path, files: Iterable[Path], images: Iterable[Path], skipped: Mapping[str, str]
+) -> list[str]:
+    """Every file that could have questions, and why it has none. A file named as an image is about that image."""
+    beside = {path.with_suffix("") for path in images} | set(images)
+    others = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jsonl", ".txt")]
+    others += sorted(folder.glob("*/questions.txt"))
+    told, named = (
+        [f"{name}: {reason}" for name, reason in skipped.items()],
+        {name.partition(":")[0] for name in skipped},
+    )
+    for path in dict.fromkeys([*files, *others]):
+        if path.with_suffix("") not in beside and path.name not in named:
+            told.append(f"{path.relative_to(folder)}: {_why_none(path)}")
+    return told
+
+
+def _why_none(path: Path) -> str:
+    if path.suffix == ".txt":
+        return "only questions.txt beside the images is read"
+    if not path.is_file():
+        return "not a file that can be read"
+    if path.suffix == ".jsonl":
+        return "empty"
+    content = forms.content_of(path, {})
+    if isinstance(content, list):
+        return "a list: write one object a line, into a file that ends in .jsonl"
+    return f"{forms.form_of(content) or 'no known format'}: questions of {', '.join(NAMES.values())} are read"
+
+
+def _plain(lines: Iterable[tuple[int, str]], skipped: dict[str, str]) -> Iterator[Entry]:
     """Lines without a tab are questions about every image."""
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         parts = [part.strip() for part in line.split("\t")]
-        if not line.strip():
-            continue
         if len(parts) > 3 or not all(parts[:2]):
             skipped[f"questions.txt:{number}"] = "write image, tab, question, and if known a tab and the answer"
         elif len(parts) == 1:

@@ -35,13 +35,62 @@ def test_questions_without_an_image_are_about_every_image(tmp_path: Path) -> Non
     assert data.read(tmp_path).questions == [Asked(0, "what?"), Asked(1, "what?")]
 
 
-def test_a_file_that_cannot_be_read_is_told_and_nested_json_is_skipped(tmp_path: Path) -> None:
+LISTED = [{"image": "a.png", "question": "what?"}]
+CAPTIONS = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("q.json", json.dumps(LISTED), r"q\.json: a list: write one object a line, into a file that ends in \.jsonl"),
+        ("q.json", '{"questions": [{"image_id": 1, "quest', r"q\.json: no JSON"),
+        ("q.json", "[" * 100_000, r"q\.json: no JSON"),
+        ("captions.json", json.dumps(CAPTIONS), r"captions\.json: coco-captions: questions of VQAv2, .* are read"),
+        ("q.jsonl", "{}\n", r"q\.jsonl:1: needs a JSON object"),
+        ("q.jsonl", "", r"q\.jsonl: empty"),
+        ("question.txt", "what?\n", r"question\.txt: only questions\.txt beside the images is read"),
+        ("sub/questions.txt", "what?\n", r"sub/questions\.txt: only questions\.txt beside"),
+        ("sub/q.json", json.dumps(LISTED), r"sub/q\.json: a list"),
+    ],
+)
+def test_templates_do_not_ask_in_place_of_a_file_without_questions(
+    name: str, content: str, reason: str, tmp_path: Path
+) -> None:
     pictures(tmp_path, "a.png")
-    (tmp_path / "a.json").write_text("[" * 100_000)
-    assert set(data.read(tmp_path).skipped) == {"a.json"}
-    (tmp_path / "q.jsonl").mkdir()
-    with pytest.raises(Refused, match=r"q\.jsonl: Is a directory"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(Refused, match=f"its files have no questions: {reason}"):
         data.read(tmp_path)
+
+
+def test_a_link_to_nowhere_is_told(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "q.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(Refused, match=r"q\.jsonl: not a file that can be read"):
+        data.read(tmp_path)
+
+
+def test_a_file_named_as_an_image_has_no_questions(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    for name in ("a.json", "a.png.json", "a.txt"):
+        (tmp_path / name).write_text("{}")
+    assert data.read(tmp_path).form == "templates"
+
+
+def test_questions_may_lie_a_folder_below(tmp_path: Path) -> None:
+    pictures(tmp_path, "images/a.png")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "q.jsonl").write_text('{"image": "a.png", "question": "what?"}\n')
+    found = data.read(tmp_path)
+    assert (found.form, found.questions) == ("jsonl", [Asked(0, "what?")])
+
+
+def test_a_byte_order_mark_and_unicodes_line_separator_are_no_part_of_a_question(tmp_path: Path) -> None:
+    pictures(tmp_path, "a.png")
+    (tmp_path / "gqa.json").write_text(json.dumps({"1": {"imageId": "a", "question": "what?"}}), "utf-8-sig")
+    assert data.read(tmp_path).form == "GQA"
+    (tmp_path / "questions.txt").write_text("a.png\twhat\u2028is it?\nwhere?\r\n", "utf-8-sig")
+    assert data.read(tmp_path).questions == [Asked(0, "what\u2028is it?"), Asked(0, "where?")]
 
 
 def test_jsonl(tmp_path: Path) -> None:

@@ -100,7 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
     from build_engines.adapt.run import adapt, threads  # noqa: PLC0415  (as above)
 
     threads(options.threads)
-    adapted = adapt(job, found)
+    try:
+        adapted = adapt(job, found)
+    except Refused as refused:  # what is seen only once the images are decoded
+        print(f"glimpse adapt: {refused}", file=sys.stderr)
+        return 2
     if int(os.environ.get("RANK", "0")) == 0:
         print(outcome(adapted.state, options.out, adapted.default_vision_tokens))
     return 0

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from build_engines.convert.options import Refused
+from build_engines.convert.source import file_digest
 from build_engines.datasets import forms
 from build_engines.datasets.entries import Entry, NotReadable
 from build_engines.datasets.images import SUFFIXES, ImageIndex, images_below
@@ -60,8 +61,8 @@ class Data:
     form: str = "plain"
 
     @property
-    def answered(self) -> int:
-        return sum(bool(question.answer) for question in self.questions)
+    def answered(self) -> list[Asked]:
+        return [question for question in self.questions if question.answer]
 
 
 def read(folder: Path, limit: int | None = None) -> Data:
@@ -191,6 +192,29 @@ def _from_templates(images: int) -> Iterator[Asked]:
             yield Asked(image, text)
 
 
-def measured(images: int, seed: int) -> set[int]:
-    """The numbers of the images that are kept for the measurement: a tenth, at least one."""
-    return set(random.Random(seed).sample(range(images), max(1, round(MEASURED_SHARE * images))))
+def measured(found: Data, asked: Sequence[Asked], seed: int) -> set[int]:
+    """The numbers of the images that are kept for the measurement: a tenth of those that are asked, at least one.
+
+    Copies of one file stay together. Raises Refused if no image is left to learn from.
+    """
+    groups = _copies(found.images, sorted({one.image for one in asked}))
+    if len(groups) < 2:
+        raise Refused(
+            f"{len(groups)} of {len(found.images)} images can be used, and two are needed, one to learn from and one "
+            "to measure: an image counts if it can be decoded, is asked, and is no copy of another; with --teacher "
+            "answers, if a question about it has an answer. Give more images"
+        )
+    chosen = random.Random(seed).sample(range(len(groups)), max(1, round(MEASURED_SHARE * len(groups))))
+    return {image for group in chosen for image in groups[group]}
+
+
+def _copies(paths: Sequence[Path], images: Iterable[int]) -> list[list[int]]:
+    """The images, those whose files are identical together. Only files of one size are read."""
+    by_size: dict[int, list[int]] = {}
+    for image in images:
+        by_size.setdefault(paths[image].stat().st_size, []).append(image)
+    alike: dict[tuple[int, str], list[int]] = {}
+    for size, several in by_size.items():
+        for image in several:
+            alike.setdefault((size, file_digest(paths[image]) if len(several) > 1 else ""), []).append(image)
+    return sorted(alike.values())

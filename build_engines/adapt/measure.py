@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from build_engines.adapt.teacher import Lessons
 from build_engines.adapt.train import QUERIES, Batch, Drawer, Student
 from build_engines.evaluation.intervals import mean
 from build_engines.model.allocation import CELL_COUNT, MAX_VISION_TOKENS, MOST_TOKENS
@@ -189,7 +190,7 @@ def report(
     # Agreement with a guess says nothing. A teacher that is never sure is measured as it is.
     trusted = [row for row in order if lessons.trusted(row)]
     every = trusted or order
-    rows = [row for row in every if not lessons.nearer[row]][:MOST_MEASURED]
+    rows = from_afar(lessons, every, order)[:MOST_MEASURED]
     close = [row for row in every if drawer.asked[row].image in drawer.store.closer]
     near = close[:MOST_MEASURED]
     nearer = [row for row in close if lessons.nearer[row]][:MOST_MEASURED]
@@ -228,6 +229,14 @@ def report(
         "gains": gains,
         "default_vision_tokens": [least, MOST_TOKENS] if gains else [MOST_TOKENS, MOST_TOKENS],
     }
+
+
+def from_afar(lessons: Lessons, trusted: Sequence[int], every: Sequence[int]) -> list[int]:
+    """The questions that the teacher answered from the whole view: the trusted ones, or if there are none, all."""
+    for rows in (trusted, every):
+        if found := [row for row in rows if not lessons.nearer[row]]:
+            return found
+    return list(trusted)
 
 
 def least_budget(guided: Mapping[int, Spent], threshold: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from build_engines.adapt import estimate
+from build_engines.adapt import data, estimate
 from build_engines.adapt.data import Data
 from build_engines.adapt.estimate import Needs, Work
 from build_engines.adapt.run import Job
@@ -34,6 +34,7 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
             f"--teacher {options.teacher} needs a decoder-only language model, and {source.name} has a FlanT5: use "
             "--teacher tokens"
         )
+    data.measured(found, found.answered if options.teacher == ANSWERS else found.questions, options.seed)
     closer = int(options.closer_share * len(found.images))
     near = max(1, round(CLOSER_SHARE_OF_A_STEP * options.batch)) if closer else 0
     schedule = Schedule(

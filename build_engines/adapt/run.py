@@ -82,6 +82,7 @@ def adapt(job: Job, found: Data) -> Adapted:
         store.fill(encoder, job.limits)
         times["features"] = time.monotonic() - started
     asked = chosen_questions(found, store, job)
+    kept_apart = data.measured(found, asked, job.schedule.seed)
     allocation = Allocation().to(accelerator.device)
     asks = asked_models(checkpoint)
     teacher = Teacher(
@@ -90,12 +91,11 @@ def adapt(job: Job, found: Data) -> Adapted:
     with peers.once():
         lessons = teacher.teach(asked, store, job.work)
     times["teacher"] = time.monotonic() - started
-    kept_apart = data.measured(len(found.images), job.schedule.seed)
     adapters = adapt_qformer(checkpoint.model.qformer, job.adapter_rank) if job.adapter_rank else []
     allocator = new_allocator(checkpoint, bool(store.closer), job.schedule.seed).to(accelerator.device)
     student = Student(allocator, reader, language, questions, adapters)
     drawer = Drawer(store, asked, lessons, job.schedule, accelerator.device, bool(adapters))
-    learned_from = f"{teacher.key(asked, store)} rank {job.adapter_rank}"
+    learned_from = f"{teacher.key(asked, store)} rank {job.adapter_rank} without {sorted(kept_apart)}"
     training = Training(accelerator, student, job.schedule, job.work, learned_from)
     learned = drawer_of(drawer, [row for row, one in enumerate(asked) if one.image not in kept_apart])
     training.run(learned, relevance=True)
@@ -147,8 +147,8 @@ def measured(student: Student, drawer: Drawer, kept_apart: Collection[int], job:
 def chosen_questions(found: Data, store: FeatureStore, job: Job) -> list[Asked]:
     """At most so many questions of each image that can be decoded, evenly over its list."""
     of: dict[int, list[Asked]] = {}
-    for one in found.questions:
-        if one.image not in store.broken and (job.teacher != ANSWERS or one.answer):
+    for one in found.answered if job.teacher == ANSWERS else found.questions:
+        if one.image not in store.broken:
             of.setdefault(one.image, []).append(one)
     asked = []
     for image in sorted(of):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,26 @@ def test_files_of_public_data_sets(form: str, tmp_path: Path) -> None:
     found = data.read(tmp_path)
     assert (found.form, found.questions) == (form, [Asked(0, "what?", "red")])
     assert [path.stem for path in found.images] == ["COCO_train2014_000000000042"]
+
+
+def test_only_images_that_are_asked_are_kept_apart_and_copies_stay_together(tmp_path: Path) -> None:
+    names = [f"{number:02}.png" for number in range(40)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(b"copy" if number % 2 else f"{number:04}".encode())
+    found = data.read(tmp_path)
+    asked = [one for one in found.questions if one.image < 20]
+    copies = set(range(1, 20, 2))
+    for seed in range(30):
+        kept = data.measured(found, asked, seed)
+        assert kept
+        assert kept < set(range(20))
+        assert kept & copies in (set(), copies)
+    assert any(data.measured(found, asked, seed) & copies for seed in range(30))
+    unlike = [one for one in found.questions if one.image in (0, 2, 4, 6)]
+    assert data.measured(found, unlike, 5) == {2 * random.Random(5).sample(range(4), 1)[0]}
+    for few in ([], asked[:3], [one for one in asked if one.image in copies]):
+        with pytest.raises(Refused, match="of 40 images can be used, and two are needed"):
+            data.measured(found, few, 5)
 
 
 def test_without_questions_templates_ask(tmp_path: Path) -> None:

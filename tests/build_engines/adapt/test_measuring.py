@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from build_engines.adapt.measure import NEARER, Spent, _differences, _nearer
+from build_engines.adapt.measure import NEARER, Spent, _differences, _nearer, from_afar
+from build_engines.adapt.teacher import Lessons
 from build_engines.train.selection import GUIDED, RANDOM
 
 QUESTIONS = 200
@@ -14,6 +15,14 @@ def spent(values: np.ndarray, images: np.ndarray | None = None) -> Spent:
     """images: by default one a question."""
     numbers = np.arange(len(values)) if images is None else images
     return Spent(values.astype(float), np.full(len(values), 112), numbers)
+
+
+def test_there_are_questions_to_measure_even_if_all_trusted_ones_are_answered_from_nearer():
+    nearer = [True, True, False, False]
+    lessons = Lessons([[]] * 4, [0.1, 0.1, 0.1, 0.9], nearer, np.zeros((4, 256)))
+    assert from_afar(lessons, [0, 1, 3], [0, 1, 2, 3]) == [3]
+    assert from_afar(lessons, [0, 1], [0, 1, 2]) == [2]
+    assert from_afar(lessons, [0, 1], [0, 1]) == [0, 1]
 
 
 def test_questions_that_only_the_closer_view_answers_are_told_apart():

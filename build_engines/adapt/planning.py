@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from dataclasses import replace
 
 from build_engines.adapt import data, estimate
 from build_engines.adapt.data import Data
 from build_engines.adapt.estimate import Needs, Work
-from build_engines.adapt.run import Job
+from build_engines.adapt.run import JOB, Job
 from build_engines.adapt.teacher import ANSWERS, LIKELIHOOD, TOKENS
 from build_engines.adapt.train import LARGE, UNIFORM, Schedule
-from build_engines.convert.estimate import available_memory
 from build_engines.convert.inspection import inspect
 from build_engines.convert.options import Refused
 from service.media.decoder import ImageLimits
@@ -51,15 +52,14 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     questions = min(len(found.questions), options.questions * len(found.images))
     work = Work(
         len(found.images), closer, questions, source.vision_width, schedule, options.teacher != TOKENS,
-        dict(source.parameters),
+        dict(source.parameters), source.hidden_size, source.language_layers,
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")), options.shard_llm,
     )  # fmt: skip
     flops = estimate.speed()
     wanted = estimate.needs(work, flops)
     teacher = options.teacher
     if teacher == "auto":
-        fits = options.shard_llm or wanted.memory <= available_memory()  # all processes must decide alike
-        asked = not source.is_encoder_decoder and fits
-        teacher = LIKELIHOOD if asked else TOKENS
+        teacher = TOKENS if source.is_encoder_decoder else _automatic(options, wanted)
         if teacher == TOKENS:
             wanted = estimate.needs(replace(work, language=False), flops)
     if options.shard_llm and teacher == TOKENS:
@@ -70,9 +70,24 @@ def planned(options: argparse.Namespace, found: Data) -> tuple[Job, Needs, str]:
     if teacher == TOKENS and closer:  # the full view's tokens say nothing about a closer one
         closer, schedule = 0, replace(schedule, images=options.batch, closer_images=0)
         wanted = estimate.needs(replace(work, language=False, closer=0, schedule=schedule), flops)
-    estimate.check(wanted, options.out)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # before the others load, which need some of it
+        estimate.check(wanted, options.out)
     job = Job(
         source.directory, options.out, teacher, schedule, options.questions, closer, options.least_agreement,
         ImageLimits(), options.lora_rank, options.shard_llm,
     )  # fmt: skip
     return job, wanted, source.name
+
+
+def _automatic(options: argparse.Namespace, wanted: Needs) -> str:
+    """The teacher of an earlier start in this folder, else the best one that there is memory for.
+
+    Memory differs from start to start, and another teacher would begin anew.
+    """
+    if options.shard_llm:  # all processes must decide alike
+        return LIKELIHOOD
+    try:
+        kept = json.loads((options.out / "work" / JOB).read_text())["teacher"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = None
+    return kept if kept in (LIKELIHOOD, TOKENS) else LIKELIHOOD if estimate.fits(wanted) else TOKENS

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import nn
 
@@ -33,6 +34,7 @@ from build_engines.model.zero_shot import QFormerKnowing
 from service.media.decoder import ImageLimits
 
 SKIPPED, REPORT, PLOT = "skipped.txt", "report.json", "measured.png"
+JOB = "job.json"  # in the work folder: what `--teacher auto` was
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ def adapt(job: Job, found: Data) -> Adapted:
     """Compute features, ask the teacher, train, measure, and write the result into job.out."""
     started = time.monotonic()
     accelerator = accelerator_of()
-    job.out.mkdir(parents=True, exist_ok=True)
+    job = agreed(job)
+    job.work.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        (job.work / JOB).write_text(json.dumps({"teacher": job.teacher}))
     peers = Peers(accelerator, job.shard)
     checkpoint = peers.in_turn(lambda: frozen(job, peers))
     questions = Questions(prompts_of(checkpoint))
@@ -123,6 +128,13 @@ def adapt(job: Job, found: Data) -> Adapted:
     if not peers.is_main:
         return models
     return publish(job, found, store, student, checkpoint.model.qformer, models, told)
+
+
+def agreed(job: Job) -> Job:
+    """The main process's teacher and sizes: each process has seen the free memory at another moment."""
+    told = [job.teacher, job.closer_images, job.schedule]
+    broadcast_object_list(told)
+    return replace(job, teacher=told[0], closer_images=told[1], schedule=told[2])
 
 
 def asked_models(checkpoint: Checkpoint) -> str:

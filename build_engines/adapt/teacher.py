@@ -44,6 +44,7 @@ DIRECTIONS = 4  # random projections of the visual tokens, for the form `tokens`
 UNSURE, SURE = 0.6, 0.8  # probabilities of the whole view's answer and of the quarter's
 CONCENTRATED = 0.5  # share of the importance inside the quarter
 SAVE_EVERY = 8  # batches
+TAUGHT = 32  # questions of a batch
 
 
 @dataclass(eq=False)
@@ -94,7 +95,7 @@ class Teacher:
     allocation: Allocation
     form: str
     asks: str = ""  # names the Q-Former, the language model, the tokenizers and the prompt
-    batch: int = 32
+    batch: int = TAUGHT
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     peers: Peers = ALONE
 

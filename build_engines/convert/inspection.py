@@ -85,6 +85,7 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         vocab_size=vocabulary(text),
         max_positions=text_positions(text),
         parameters=_parameters(wanted, family) | _parameters_for_clips(directory) | reading,
+        language_layers=int(text.num_hidden_layers),
         closer_view=allocator.closer is not None and not zero_shot,
         clip=(directory / CLIP).exists(),
         clip_weights=(directory / CLIP_LANGUAGE).exists(),

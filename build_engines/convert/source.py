@@ -29,6 +29,7 @@ class Source:
     vocab_size: int  # V: visual ids start here
     max_positions: int
     parameters: Mapping[str, int]  # by component: vision_encoder, qformer, llm
+    language_layers: int = 0  # of the language model
     closer_view: bool = False  # whether its allocator has a closer view
     clip: bool = False  # whether it has a clip resampler
     clip_weights: bool = False  # whether its language model has other weights for clips and several images

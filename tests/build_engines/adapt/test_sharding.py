@@ -13,7 +13,7 @@ import torch
 from torch import distributed, multiprocessing
 from torch.distributed.tensor import DTensor
 
-from build_engines.adapt import estimate, planning, run
+from build_engines.adapt import estimate, run
 from build_engines.adapt.__main__ import main
 from build_engines.adapt.chain import Language
 from build_engines.adapt.data import Asked
@@ -130,8 +130,7 @@ def test_a_shared_language_model_that_does_not_fit_is_told_by_its_memory(
 ) -> None:
     """Every process could decide otherwise by itself for a teacher that needs less."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for module in (planning, estimate):
-        monkeypatch.setattr(module, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1_000_000)
     save_blip2_opt(tmp_path / "checkpoint")
     write_data(tmp_path / "data")
     arguments = [str(tmp_path / "checkpoint"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]

@@ -20,7 +20,7 @@ from build_engines.model.allocation import MAX_VISION_TOKENS, PATCH_COUNT
 
 TRAINED_BYTES = 16  # of a trained parameter: weight, gradient and two moments
 ACTIVATIONS = 6  # floats kept for the backward pass, times the tokens' width and the Q-Former's layers
-LANGUAGE_ACTIVATIONS = 10  # the same, times the language model's tokens, width and layers; its weights are frozen
+LANGUAGE_ACTIVATIONS = 14  # the same, times the language model's tokens, width and layers: a Llama's; an OPT's are 10
 LANGUAGE_TOKENS = 96  # of a question: visual tokens, prompt and answer
 PROBE = 512  # rows and columns of the matrix product that measures the machine
 BACKWARD = 3  # a forward and a backward pass, in forward passes

@@ -40,8 +40,10 @@ def test_the_language_models_backward_pass_counts() -> None:
 def test_each_process_of_a_machine_holds_its_weights() -> None:
     one, two = memory(VICUNA), memory(replace(VICUNA, processes=2))
     assert two > one + 4 * 8 * GB
-    shared = memory(replace(VICUNA, processes=4, shard=True))
-    assert shared < memory(replace(VICUNA, processes=4))
+    larger = dict(VICUNA.parameters) | {"llm": 14 * GB}
+    for shard, times in ((False, 4), (True, 2)):  # shares of all, and the model of the one that loads it
+        several = replace(VICUNA, processes=4, shard=shard)
+        assert memory(replace(several, parameters=larger)) - memory(several) == times * 4 * 7 * GB
 
 
 def test_a_gpu_holds_the_weights_and_the_machine_loads_them() -> None:

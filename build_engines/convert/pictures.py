@@ -11,6 +11,8 @@ from blake3 import blake3
 from build_engines.adapt import data
 from build_engines.convert.options import Refused
 from build_engines.convert.source import file_digest
+from build_engines.datasets import forms
+from build_engines.datasets.entries import NotReadable
 from build_engines.datasets.images import images_below
 
 PLAIN_QUESTIONS = ("what is in the picture?", "what colour is it?", "how many are there?", "where is it?")
@@ -33,7 +35,10 @@ def pictures(folder: Path) -> Pictures:
     Refused if no question can be used.
     """
     images, file = images_below(folder), folder / QUESTIONS
-    lines = file.read_text(errors="replace").splitlines() if file.exists() else PLAIN_QUESTIONS
+    try:
+        lines = [line for _, line in forms.lines_of(file)] if file.exists() else PLAIN_QUESTIONS
+    except NotReadable as exc:
+        raise Refused(str(exc)) from exc
     if images and any("\t" in line for line in lines):
         found = data.read(folder)
         texts: dict[Path, list[str]] = {path: [] for path in found.images}

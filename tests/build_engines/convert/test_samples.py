@@ -65,6 +65,8 @@ def test_calibration_keeps_the_encoders_inputs_alone_and_shows_it_crops(
 def test_a_plain_list_of_questions_goes_round_the_images(folder: Path) -> None:
     (folder / "questions.txt").write_text("what is it?\n\nwhere?\n")
     assert told(samples(folder, 3)) == [(10, "what is it?"), (20, "where?"), (30, "what is it?")]
+    (folder / "questions.txt").write_text("what is it?\r\nwhat\u2028else?\n", "utf-8-sig")
+    assert told(samples(folder, 2)) == [(10, "what is it?"), (20, "what\u2028else?")]
     (folder / "questions.txt").unlink()
     assert told(samples(folder, 1)) == [(10, "what is in the picture?")]
 

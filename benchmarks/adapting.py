@@ -46,8 +46,9 @@ def chains_of(reference: Path, adapted: Path) -> dict[str, Chain]:
     fixed = RelevanceAllocator(None, None, ours.closer).eval()
     if not checkpoint.reads_question:
         return {"adapted": replace(chain, allocator=ours), "shipped": chain, "fixed": replace(chain, allocator=fixed)}
-    if (adapted / QFORMER).exists():  # it was adapted too
-        checkpoint.model.load_state_dict(load_file(adapted / QFORMER), strict=False)
+    for path in (adapted / QFORMER, adapted / "work" / QFORMER):  # it was adapted too; of a fixed result in `work`
+        if path.exists():
+            checkpoint.model.load_state_dict(load_file(path), strict=False)
     qformer, questions = checkpoint.qformer(), Questions(prompts_of(checkpoint))
     chain = replace(
         chain, qformer=qformer, read_by_qformer=lambda asked: questions.tensors([each.text for each in asked])

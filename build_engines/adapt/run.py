@@ -200,11 +200,12 @@ def publish(
 ) -> Adapted:  # fmt: skip
     """Write weights, card, report, plot and the list of what was left out. `models` names what it was made for."""
     save_allocator(student.allocator.cpu(), job.out / WEIGHTS)
-    (job.out / QFORMER).unlink(missing_ok=True)
+    for folder in (job.out, job.work):
+        (folder / QFORMER).unlink(missing_ok=True)
     state = FIXED if not told["gains"] else TRAINED if job.teacher == ANSWERS else DISTILLED
-    if len(student.adapters) and state != FIXED:
-        weights = changed(qformer)
-        save_file({name: weight.half() for name, weight in weights.items()}, job.out / QFORMER)
+    if len(student.adapters):
+        weights = {name: weight.half() for name, weight in changed(qformer).items()}
+        save_file(weights, (job.work if state == FIXED else job.out) / QFORMER)  # to measure it, or to build with it
     low, high = told["default_vision_tokens"]
     adapted = replace(
         models,

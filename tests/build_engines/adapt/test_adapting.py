@@ -311,9 +311,14 @@ def test_a_fixed_result_leaves_the_qformer_as_it_was(gains: bool, tmp_path: Path
     }  # fmt: skip
     student = SimpleNamespace(allocator=RelevanceAllocator(None), adapters=[torch.zeros(1)])
     parts = (Data([], []), SimpleNamespace(broken={}), student, qformer, Adapted(FIXED, "e", (0, 0)))
+    job.work.mkdir()
     (tmp_path / "qformer.safetensors").write_bytes(b"of an earlier run")
     assert publish(job, *parts, told).state == (DISTILLED if gains else FIXED)  # type: ignore[arg-type]
-    assert (tmp_path / "qformer.safetensors").exists() == gains
+    found = list(tmp_path.rglob("qformer.safetensors"))
+    assert found == [(tmp_path if gains else job.work) / "qformer.safetensors"]
+    assert set(load_file(found[0])) == {
+        f"qformer.0.crossattention.attention.query.{name}" for name in ("weight", "bias")
+    }
 
 
 def test_the_closer_views_quarters_lie_on_one_grid() -> None:

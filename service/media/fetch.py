@@ -283,7 +283,8 @@ class ImageFetcher:
             ):
                 backend.head.is_read = True
                 yield response
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as exc:
+        # httpcore translates an SSLError of the handshake only. In TLS 1.3 a server may refuse the client after it.
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, ssl.SSLError) as exc:
             raise _broken(target.host, exc) from exc
 
     async def _body(

@@ -7,6 +7,7 @@ fetch may reach: 127.0.0.2 and ::1. They count every connection.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -386,6 +387,18 @@ async def test_a_server_without_tls_is_not_spoken_to(world):
     error = await failure(fetcher, f"https://images.test:{world.plain.port}/a.png")
     assert error.code == "image_url_unreachable"
     assert world.plain.requests == []
+
+
+async def without_tls(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    os.write(writer.get_extra_info("socket").fileno(), b"HTTP/1.1 200 OK\r\n\r\n")
+
+
+async def test_a_server_that_leaves_tls_after_the_handshake_is_unreachable(world):
+    """As one that demands a client's certificate: in TLS 1.3 the client's handshake is over before it is refused."""
+    world.allowed.answers["/x"] = without_tls
+    error = await failure(world.fetcher(), world.url(path="/x"))
+    assert error.code == "image_url_unreachable"
+    assert "broke off" in error.message
 
 
 async def test_redirects_end(world):

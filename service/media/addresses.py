@@ -32,6 +32,10 @@ NEVER: tuple[Network, ...] = tuple(
             "100::/64",  # discard
             "2001::/32",  # Teredo
             "2002::/16",  # 6to4
+            "fd00:42::42/128",  # metadata: Scaleway
+            "fd00:100::100:200/128",  # metadata: Alibaba
+            "fd00:a9fe:a9fe::1/128",  # metadata: Akamai
+            "fd00:c1::a9fe:a9fe/128",  # metadata: Oracle
             "fd00:ec2::/32",  # metadata: AWS
             "fd20:ce::/32",  # metadata: Google
             "fe80::/10",  # link-local

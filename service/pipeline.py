@@ -204,9 +204,10 @@ class Pipeline:
         return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at, pages)
 
     async def _check_image(self, data: bytes, claim: Claim, reservation: Reservation) -> tuple[Image, Decoded]:
-        reservation.reserve(decoding_cost(data, self.settings.max_image_pixels))
+        cost = decoding_cost(data, self.settings.max_image_pixels)
+        reservation.reserve(cost)
         await reservation.enter(claim)
-        decoded = await self.reader.decode(data)
+        decoded = await self.pixels.decoded_image(data, cost, claim, reservation)
         return await self.images.identify(data, reservation.tenant), decoded
 
     async def _check_film(self, data: bytes, claim: Claim, reservation: Reservation) -> tuple[Image, DecodedClip]:

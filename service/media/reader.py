@@ -24,11 +24,11 @@ class ImageReader:
         self.limits = limits
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    async def decode(
+    async def begin_decode(
         self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None, page: int = 1
-    ) -> Decoded:
-        """Decode in a thread. Raises InvalidImage, TooLarge."""
-        return await asyncio.get_running_loop().run_in_executor(
+    ) -> asyncio.Future[Decoded]:
+        """Begin to decode in a thread -> that work, which may raise InvalidImage, TooLarge."""
+        return asyncio.get_running_loop().run_in_executor(
             self._threads, decode_page, data, self.limits, views, viewport, page
         )
 
@@ -57,11 +57,14 @@ class WorkerReader(ImageReader):
         """Start the processes on the running event loop. The first image does so too."""
         self.workers.start()
 
-    async def decode(
+    async def begin_decode(
         self, data: bytes, views: Sequence[int] = (IMAGE_SIZE,), viewport: Viewport | None = None, page: int = 1
-    ) -> Decoded:
-        """Raises InvalidImage, TooLarge, Unavailable."""
-        return await self.workers.decode(data, views, viewport, page)
+    ) -> asyncio.Future[Decoded]:
+        """Wait for a process, which then decodes -> that work, which goes on if its caller leaves.
+
+        Both may raise InvalidImage, TooLarge, Unavailable.
+        """
+        return await self.workers.begin_decode(data, views, viewport, page)
 
     async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
         """`most` is at most MAX_FRAMES. Raises InvalidImage, TooLarge, Unavailable."""

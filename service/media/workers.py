@@ -271,14 +271,23 @@ class DecodingWorkers:
         self, data: bytes, views: Sequence[int], viewport: Viewport | None = None, page: int = 1
     ) -> Decoded:
         """Raises InvalidImage, TooLarge, Unavailable."""
-        return await self.run(data, ImageTask(sorted(views), viewport, page))
+        return await (await self.begin_decode(data, views, viewport, page))
+
+    async def begin_decode(
+        self, data: bytes, views: Sequence[int], viewport: Viewport | None = None, page: int = 1
+    ) -> asyncio.Future[Decoded]:
+        """As `begin`."""
+        return await self.begin(data, ImageTask(sorted(views), viewport, page))
 
     async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
         """`most` is at most MAX_FRAMES. Raises InvalidImage, TooLarge, Unavailable."""
-        return await self.run(data, ClipTask(most))
+        return await (await self.begin(data, ClipTask(most)))
 
-    async def run(self, data: bytes, task: Task[T]) -> T:
-        """A caller that leaves meanwhile leaves its worker to finish. Raises InvalidImage, TooLarge, Unavailable."""
+    async def begin(self, data: bytes, task: Task[T]) -> asyncio.Future[T]:
+        """Wait for a worker and give it the file -> its work, which nothing stops: a caller that leaves lets it finish.
+
+        Both may raise InvalidImage, TooLarge, Unavailable.
+        """
         require_bytes(data, self.limits, task.what)
         self.start()
         async with AsyncExitStack() as turn:
@@ -288,7 +297,7 @@ class DecodingWorkers:
             job = asyncio.create_task(self._run(place, data, task, turn.pop_all()))
         self._jobs.add(job)
         job.add_done_callback(self._forget)
-        return await asyncio.shield(job)
+        return asyncio.shield(job)
 
     def close(self) -> None:
         """End all workers at once, whatever they are doing."""

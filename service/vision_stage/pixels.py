@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 
@@ -41,9 +42,10 @@ class Pixels:
         """Reserve the cost of decoding, once. Raises Overloaded."""
         if look.film is not None:
             self.reserve_film(look.film, reservation)
-        elif not look.is_reserved:
-            reservation.reserve(decoding_cost(look.image.data, self.reader.limits.max_pixels, look.image.page))
-            look.is_reserved = True
+        elif not look.pixels:
+            cost = decoding_cost(look.image.data, self.reader.limits.max_pixels, look.image.page)
+            reservation.reserve(cost)
+            look.pixels = cost.pixels
 
     def reserve_film(self, film: Film, reservation: Reservation) -> None:
         """The same for all frames of a file."""
@@ -63,16 +65,24 @@ class Pixels:
         both = view == IMAGE_SIZE and look.detail == "high"
         with ticket.stage("load"), ticket.stage("decode_image"), naming(look, ticket.request):
             views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
-            decoded = await self.reader.decode(look.image.data, views, look.viewport, look.image.page)
+            decoded = await self._decoded(look, views, claim, reservation)
         look.decoded = decoded if both else None
         return decoded
 
-    async def measured(self, look: Look, ticket: Ticket) -> tuple[int, int]:
+    async def measured(self, look: Look, claim: Claim, ticket: Ticket, reservation: Reservation) -> tuple[int, int]:
         """Let the renderer read the size of a PDF's page. Remember it. Raises InvalidImage, TooLarge, Unavailable."""
         with ticket.stage("load"), ticket.stage("decode_image"), naming(look, ticket.request):
-            page = await self.reader.decode(look.image.data, (), None, look.image.page)
+            page = await self._decoded(look, (), claim, reservation)
         self.page_sizes.keep(look.image.digest, (page.width, page.height))
         return page.width, page.height
+
+    async def _decoded(self, look: Look, views: Sequence[int], claim: Claim, reservation: Reservation) -> Decoded:
+        work = await self.reader.begin_decode(look.image.data, views, look.viewport, look.image.page)
+        return await to_its_end(work, claim, reservation, Cost(pixels=look.pixels), finished=False)
+
+    async def decoded_image(self, data: bytes, cost: Cost, claim: Claim, reservation: Reservation) -> Decoded:
+        """Decode an image that is no look's. `cost` is reserved. Raises InvalidImage, TooLarge, Unavailable."""
+        return await to_its_end(await self.reader.begin_decode(data), claim, reservation, cost, finished=False)
 
     async def of_film(self, film: Film, claim: Claim, ticket: Ticket, reservation: Reservation) -> DecodedClip:
         """The same for a clip's file."""

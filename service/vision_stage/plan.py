@@ -115,7 +115,7 @@ class Look:
     seen: Seen | None = None  # at this detail
     low: Seen | None = None  # the result with detail low, if this is or was a closer look
     step: Step = Recall("low")
-    is_reserved: bool = False  # its pixels are reserved
+    pixels: int = 0  # that are reserved to decode it
     encoded: int = 0  # the most pictures that were encoded for one view of it: 4 for a closer view
     decoded: Decoded | None = None  # both views, until the closer one is encoded
     frame: Frame | None = None  # that is looked at, squashed and with detail low; None: the image itself

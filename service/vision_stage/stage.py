@@ -201,7 +201,7 @@ class VisionStage:
         self.pixels.reserve(look, reservation)
         kind = Kind.of(len(ticket.request.images))
         claim = await turn(Resource.VISION, 1, kind, ticket, reservation)
-        size = await self.pixels.measured(look, ticket)
+        size = await self.pixels.measured(look, claim, ticket, reservation)
         reservation.give_back(claim)
         return size
 

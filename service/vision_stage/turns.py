@@ -28,7 +28,7 @@ async def turn(resource: Resource, amount: int, kind: Kind, ticket: Ticket, rese
 
 
 async def to_its_end(
-    work: asyncio.Task[Result], claim: Claim, reservation: Reservation, cost: Cost = NOTHING, *, finished: bool = True
+    work: asyncio.Future[Result], claim: Claim, reservation: Reservation, cost: Cost = NOTHING, *, finished: bool = True
 ) -> Result:
     """Wait for work that the request has begun. If the request leaves, the work goes on, with the claim and the cost.
 
@@ -44,7 +44,7 @@ async def to_its_end(
         raise
 
 
-def _given_back(give_back: Callable[[], None], work: asyncio.Task[Any]) -> None:
+def _given_back(give_back: Callable[[], None], work: asyncio.Future[Any]) -> None:
     """End work that its request has left. What went wrong concerns nobody any more."""
     if not work.cancelled():
         work.exception()

@@ -2,7 +2,7 @@
 
 At once is counted in turns of the event loop: there is no timer on the way, and no wait for a model or a thread. An
 encode that was sent to Triton goes on: it holds its slots until it ends, and its features are kept. So does a call that
-attends, with the request's tokens.
+attends, with the request's tokens. So does a decode that a worker has begun, with its slot, its pixels and the body.
 """
 
 from __future__ import annotations
@@ -27,19 +27,25 @@ WHOLE_LLM = {"max_tokens": 100}  # with the prompt more than half of max_positio
 
 
 class CountingReader(ImageReader):
-    """Decodes when the gate is set."""
+    """Begins to decode when `worker` is set, and ends when the gate is set."""
 
-    decoded = 0
+    asked = decoded = 0
 
     def __init__(self, reader: ImageReader) -> None:
         super().__init__(reader.limits, threads=1)
-        self.gate = asyncio.Event()
+        self.worker, self.gate = asyncio.Event(), asyncio.Event()
+        self.worker.set()
         self.gate.set()
 
-    async def decode(self, *args: object) -> Decoded:
+    async def begin_decode(self, *args: object) -> asyncio.Future[Decoded]:
+        self.asked += 1
+        await self.worker.wait()
         self.decoded += 1
+        return asyncio.create_task(self._ended(await super().begin_decode(*args)))
+
+    async def _ended(self, work: asyncio.Future[Decoded]) -> Decoded:
         await self.gate.wait()
-        return await super().decode(*args)
+        return await work
 
 
 class Service:
@@ -58,6 +64,10 @@ class Service:
 
     def waiting(self) -> int:
         return sum(self.house.admission.scheduler.waiting(kind) for kind in Kind)
+
+    def go_on(self) -> None:
+        for event in (self.reader.worker, self.reader.gate, self.house.vision.gate, self.house.language.gate):
+            event.set()
 
     def holds_nothing(self) -> bool:
         admission = self.house.admission
@@ -98,6 +108,13 @@ def service() -> Iterator[Service]:
     service = Service()
     yield service
     service.reader.close()
+
+
+async def waiting_for_a_worker(service: Service) -> Caller:
+    service.reader.worker.clear()
+    caller = service.ask(1)
+    await until(lambda: service.reader.asked)
+    return caller
 
 
 async def decoding(service: Service) -> Caller:
@@ -145,19 +162,19 @@ async def writing(service: Service) -> Caller:
     return caller
 
 
-IN_THE_HOUSE = (decoding, encoding, attending, prefilling, writing)
+IN_THE_HOUSE = (waiting_for_a_worker, decoding, encoding, attending, prefilling, writing)
+GOES_ON = (decoding, encoding, attending)
 
 
 @pytest.mark.parametrize("station", IN_THE_HOUSE)
 async def test_who_leaves_gives_everything_back_and_the_next_one_has_it(service, station):
-    """At once, or when Triton has ended the call that was begun."""
+    """At once, or when a worker or Triton has ended what was begun."""
     caller = await station(service)
     following = service.ask(2)
     await until(lambda: service.waiting() == 1)
     await caller.leave()
-    assert service.waiting() == (1 if station in (encoding, attending) else 0)
-    for event in (service.reader.gate, service.house.vision.gate, service.house.language.gate):
-        event.set()
+    assert service.waiting() == (1 if station in GOES_ON else 0)
+    service.go_on()
     await following.task
     assert service.house.outcomes()["cancelled"] == 1
     assert service.house.language.open == 0
@@ -167,6 +184,7 @@ async def test_who_leaves_gives_everything_back_and_the_next_one_has_it(service,
 @pytest.mark.parametrize(
     ("station", "resource"),
     [
+        (waiting_for_a_worker, Resource.VISION),
         (decoding, Resource.VISION),
         (attending, Resource.LLM),
         (prefilling, Resource.LLM),
@@ -179,10 +197,29 @@ async def test_who_leaves_before_its_work_is_done_tells_nothing_of_how_long_it_t
     pool = service.house.admission.scheduler._pools[resource]
     pool.least_s = 5.0
     await caller.leave()
-    for event in (service.reader.gate, service.house.vision.gate, service.house.language.gate):
-        event.set()
+    service.go_on()
     await until(service.holds_nothing)
     assert pool.least_s == 5.0
+
+
+async def test_who_leaves_while_a_worker_decodes_holds_the_slot_the_pixels_and_the_body_until_it_ends(service):
+    caller = await decoding(service)
+    before = service.house.admission.quota.held
+    assert before.pixels > 0
+    await caller.leave()
+    assert service.house.admission.quota.held == before._replace(tokens=0)
+    assert service.house.admission.scheduler.used(Resource.VISION) == 1
+    service.go_on()
+    await until(service.holds_nothing)
+    assert service.house.vision.calls == []
+
+
+async def test_who_leaves_while_it_waits_for_a_worker_is_not_decoded(service):
+    await (await waiting_for_a_worker(service)).leave()
+    assert service.holds_nothing()
+    service.go_on()
+    await asyncio.sleep(0)
+    assert service.reader.decoded == 0
 
 
 async def test_who_leaves_while_its_closer_view_is_encoded_gives_its_slots_back():

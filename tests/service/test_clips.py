@@ -617,11 +617,12 @@ class Stalled(ImageReader):
 
     goes_on: asyncio.Event
 
-    async def decode(self, *_):
+    async def decode_clip(self, *_):
         await self.goes_on.wait()
         raise InvalidImage("refused")
 
-    decode_clip = decode
+    async def begin_decode(self, *_):
+        return asyncio.create_task(self.decode_clip())
 
 
 async def test_a_clip_counts_as_its_frames_in_the_tenant_s_quota():
@@ -927,9 +928,9 @@ class Paid(ImageReader):
         super().__init__(reader.limits, threads=1)
         self.payers: list[str] = []
 
-    async def decode(self, *given: object) -> Decoded:
+    async def begin_decode(self, *given: object) -> asyncio.Future[Decoded]:
         self.payers.append(current.get().tenant)
-        return await super().decode(*given)
+        return await super().begin_decode(*given)
 
     async def decode_clip(self, data: bytes, most: int) -> DecodedClip:
         self.payers.append(current.get().tenant)

@@ -165,14 +165,14 @@ async def test_a_tile_without_room_is_answered_from_the_whole_page(house, detail
 
 async def test_a_tile_that_takes_too_long_to_draw_is_answered_from_the_whole_page(house):
     look_at(house, 1)
-    decode = house.reader.decode
+    begin_decode = house.reader.begin_decode
 
     async def too_long_for_tiles(data, views=(224,), viewport=None, page=1):
         if viewport is not None:
             raise TooLarge("the page took more than 2 CPU seconds", param="image")
-        return await decode(data, views, viewport, page)
+        return await begin_decode(data, views, viewport, page)
 
-    house.reader.decode = too_long_for_tiles
+    house.reader.begin_decode = too_long_for_tiles
     _, end = await answer(house, request(image=page(), fit="tiles"))
     assert (end.fit, end.reduced, house.vision.calls) == ("squash", True, ["see"])
     assert house.admission.scheduler.used(Resource.VISION) == 0

@@ -727,12 +727,16 @@ class GatedReader(ImageReader):
         self.gate = asyncio.Semaphore(0)
         self.asked: list[bytes] = []
 
-    async def decode(
+    async def begin_decode(
         self, data: bytes, views: Sequence[int] = (224,), viewport: Viewport | None = None, page: int = 1
-    ) -> Decoded:
+    ) -> asyncio.Future[Decoded]:
         self.asked.append(data)
+        work = await super().begin_decode(data, views, viewport, page)
+        return asyncio.create_task(self._let_through(work))
+
+    async def _let_through(self, work: asyncio.Future[Decoded]) -> Decoded:
         await self.gate.acquire()
-        return await super().decode(data, views, viewport, page)
+        return await work
 
 
 async def test_uploads_wait_for_the_vision_slots_as_questions_do_and_tenants_share_them():
@@ -757,6 +761,25 @@ async def test_uploads_wait_for_the_vision_slots_as_questions_do_and_tenants_sha
         reader.gate.release()
     await asyncio.gather(*flood, other)
     assert nothing_is_held(house)
+    reader.close()
+
+
+async def test_an_upload_whose_caller_leaves_holds_its_slot_its_pixels_and_its_body_until_it_is_decoded():
+    house = House(vision_slots=1)
+    house.reader.close()
+    house.reader = house.pipeline.reader = house.pipeline.pixels.reader = reader = GatedReader(house.reader.limits)
+    with house.pipeline.reservation("flood") as reservation:
+        reservation.reserve_bytes(1000)
+        keeping = asyncio.create_task(house.pipeline.keep_image(png(), reservation))
+        await until(lambda: reader.asked)
+        held = house.admission.quota.held
+        await cancelled(keeping)
+    assert held == house.admission.quota.held == Cost(nbytes=1000, pixels=held.pixels)
+    assert held.pixels > 0
+    assert house.admission.scheduler.used(Resource.VISION) == 1
+    reader.gate.release()
+    await until(lambda: nothing_is_held(house))
+    assert len(house.pipeline.images.store) == 0
     reader.close()
 
 

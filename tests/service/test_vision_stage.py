@@ -349,13 +349,15 @@ async def test_an_encode_tells_how_long_vision_slots_are_held(house):
 async def test_both_views_are_decoded_together_if_both_are_needed(house, detail):
     house.vision.particularize = 0.7
     decoded = []
-    decode = house.reader.decode
+    begin_decode = house.reader.begin_decode
 
-    async def noted(data: bytes, views: tuple[int, ...], viewport: Viewport | None, page: int) -> Decoded:
+    async def noted(
+        data: bytes, views: tuple[int, ...], viewport: Viewport | None, page: int
+    ) -> asyncio.Future[Decoded]:
         decoded.append(views)
-        return await decode(data, views, viewport, page)
+        return await begin_decode(data, views, viewport, page)
 
-    house.reader.decode = noted
+    house.reader.begin_decode = noted
     await answer(house, request(image=LARGE, detail=detail))
     assert decoded == {"high": [(224, 448)], "auto": [(224,), (448,)]}[detail]
 

@@ -250,6 +250,17 @@ async def test_a_caller_that_leaves_does_not_end_the_worker(one):
     assert one.pids == before
 
 
+async def test_a_caller_that_leaves_while_it_waits_for_a_worker_is_not_decoded(one):
+    work = await one.begin_decode(SMALL, (224,))
+    waiting = asyncio.create_task(one.begin_decode(SMALL, (224,)))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    assert (await work).width == 300
+    await asyncio.sleep(0)
+    assert waiting.cancelled()
+    assert one._free.qsize() == 1
+
+
 async def test_many_images_share_few_workers():
     async with workers(count=2) as found:
         images = [encoded(picture(10 + number, 9)) for number in range(20)]

@@ -191,8 +191,7 @@ class Pipeline:
                 with reservation.work():
                     async with asyncio.timeout(timeout_s):
                         check = self._check_film if is_film else self._check_image
-                        image, decoded = await check(data, claim, reservation)
-                use.images = 1
+                        image, decoded = await check(data, claim, reservation, use)
         except TimeoutError as exc:
             raise DeadlineExceeded(
                 f"the {'video' if is_film else 'image'} was not decoded within {timeout_s:g} s: try again in a few "
@@ -203,18 +202,24 @@ class Pipeline:
         pages = decoded.pages if isinstance(decoded, Decoded) else 1
         return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at, pages)
 
-    async def _check_image(self, data: bytes, claim: Claim, reservation: Reservation) -> tuple[Image, Decoded]:
+    async def _check_image(
+        self, data: bytes, claim: Claim, reservation: Reservation, use: Use
+    ) -> tuple[Image, Decoded]:
         cost = decoding_cost(data, self.settings.max_image_pixels)
         reservation.reserve(cost)
         await reservation.enter(claim)
+        use.images = 1  # it is decoded now, which costs as much if it fails
         decoded = await self.pixels.decoded_image(data, cost, claim, reservation)
         return await self.images.identify(data, reservation.tenant), decoded
 
-    async def _check_film(self, data: bytes, claim: Claim, reservation: Reservation) -> tuple[Image, DecodedClip]:
+    async def _check_film(
+        self, data: bytes, claim: Claim, reservation: Reservation, use: Use
+    ) -> tuple[Image, DecodedClip]:
         image = await self.images.identify(data, reservation.tenant)
         film = Film(image, min(self.card.frames, self.card.most_frames))
         self.pixels.reserve_film(film, reservation)
         await reservation.enter(claim)
+        use.images = 1
         return image, await self.pixels.decoded_film(film, claim, reservation)
 
     async def estimate(self, request: Request, reservation: Reservation) -> Estimate:

@@ -601,6 +601,14 @@ async def test_a_video_is_checked_and_kept_once(house):
     assert nothing_is_held(house)
 
 
+async def test_an_upload_of_a_broken_video_is_charged_its_image():
+    house, data = House(ROOMY, quota_images_per_minute=1), clips.film(count=2)[:400]
+    for error in (InvalidImage, QuotaExceeded):
+        with house.pipeline.reservation("a") as reservation, pytest.raises(error):
+            await house.pipeline.keep_image(data, reservation)
+        await house.quotas.settle()
+
+
 @pytest.mark.parametrize(("data", "what"), [(clips.film(count=2), "video"), (png(), "image")])
 async def test_an_upload_that_is_not_decoded_in_time_says_what_it_is(data, what):
     house = House(ROOMY, default_timeout_s=0.05)

@@ -22,6 +22,7 @@ from service.core.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    QuotaExceeded,
     ShuttingDown,
     Unavailable,
 )
@@ -781,6 +782,44 @@ async def test_an_upload_whose_caller_leaves_holds_its_slot_its_pixels_and_its_b
     await until(lambda: nothing_is_held(house))
     assert len(house.pipeline.images.store) == 0
     reader.close()
+
+
+@pytest.mark.parametrize("fails", ["is no image", "its caller leaves"])
+async def test_an_upload_that_fails_once_it_is_decoded_is_charged_its_image(fails):
+    house = House(vision_slots=1, quota_images_per_minute=2)
+    house.reader.close()
+    house.reader = house.pipeline.reader = house.pipeline.pixels.reader = reader = GatedReader(house.reader.limits)
+
+    async def keep(data: bytes) -> None:
+        with house.pipeline.reservation("a") as reservation:
+            await house.pipeline.keep_image(data, reservation)
+
+    for number in range(1, 3):
+        keeping = asyncio.create_task(keep(png()[:-30] if fails == "is no image" else png()))
+        await until(lambda: len(reader.asked) == number)  # noqa: B023 (it is awaited here)
+        if fails == "its caller leaves":
+            await cancelled(keeping)
+        reader.gate.release()
+        if fails == "is no image":
+            with pytest.raises(InvalidImage):
+                await keeping
+        await house.quotas.settle()
+    with pytest.raises(QuotaExceeded):
+        await keep(png())
+    reader.close()
+
+
+async def test_an_upload_that_fails_while_it_waits_is_charged_no_image():
+    house = House(vision_slots=1, default_timeout_s=0.05, quota_images_per_minute=2)
+    house.vision.close("see")
+    first = asked_of(house, 0)
+    await until(lambda: house.vision.calls)
+    for _ in range(3):
+        with house.pipeline.reservation("a") as reservation, pytest.raises((Overloaded, DeadlineExceeded)):
+            await house.pipeline.keep_image(png((1, 1, 1)), reservation)
+        await house.quotas.settle()
+    house.vision.gate.set()
+    await first
 
 
 async def test_an_upload_that_would_wait_too_long_is_refused_or_expires_and_holds_nothing():

@@ -16,7 +16,8 @@ from PIL import Image as Pillow
 
 from service.core.errors import InvalidImage
 from service.core.vision import IMAGE_SIZE, UInt8Array
-from service.media.decoder import in_colour, squashed
+from service.media.colours import in_colour
+from service.media.decoder import squashed
 from service.media.fields import unpack
 from service.media.header import (
     GIF_EXTENSION,

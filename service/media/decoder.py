@@ -16,6 +16,7 @@ from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
+    ImageFile,
     ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
@@ -27,6 +28,7 @@ from PIL import Image as Pillow
 from service.core.errors import InvalidImage, TooLarge
 from service.core.viewport import Viewport
 from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
+from service.media.colours import in_colour, in_colour_of_png
 from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
 from service.media.formats import SENT
@@ -188,7 +190,7 @@ def _views(structure: Structure, views: Sequence[int], viewport: Viewport | None
                     raise ValueError(f"two sizes: {whole} and {picture.size}")
                 # A JPEG is cheaper to decode at 1/2, 1/4 or 1/8. Below twice the needed size the result would differ.
                 picture.draft(None, _needed(whole, 2 * size, viewport))
-                colours = in_colour(picture)
+                colours = _in_colour(picture, structure)
                 if structure.is_negative:
                     colours = ImageOps.invert(colours)
         if viewport is None:
@@ -196,6 +198,13 @@ def _views(structure: Structure, views: Sequence[int], viewport: Viewport | None
         else:
             found[size] = _viewed(colours, size, structure.orientation, viewport)
     return found
+
+
+def _in_colour(picture: ImageFile.ImageFile, structure: Structure) -> Pillow.Image:
+    match structure.format:
+        case "PNG":
+            return in_colour_of_png(picture, structure.data)
+    return in_colour(picture)
 
 
 def _is_within(size: tuple[int, int], whole: tuple[int, int]) -> bool:
@@ -259,13 +268,3 @@ def _on_white(colours: Pillow.Image) -> Pillow.Image:
         return colours
     white = Pillow.new("RGBA", colours.size, (255, 255, 255, 255))
     return Pillow.alpha_composite(white, colours).convert("RGB")
-
-
-def in_colour(picture: Pillow.Image) -> Pillow.Image:
-    """Convert to RGB, or to RGBA if something is transparent."""
-    if picture.mode.startswith("I"):  # 16-bit grey: I;16, I;16B, or I with 16-bit values
-        grey = np.asarray(picture).clip(0, 65535) >> 8
-        return Pillow.fromarray(grey.astype(np.uint8)).convert("RGB")
-    picture.load()  # only now is a late tRNS chunk of a PNG read
-    mode = "RGBA" if picture.has_transparency_data else "RGB"
-    return picture if picture.mode == mode else picture.convert(mode)  # a conversion to its own mode copies

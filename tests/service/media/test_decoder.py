@@ -1,4 +1,5 @@
 import contextlib
+import struct
 import zlib
 from base64 import b64encode
 from io import BytesIO
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from PIL import ImageCms, ImageFilter
 
+from benchmarks.bombs import png_chunk
 from service.core.errors import InvalidImage, TooLarge
 from service.core.viewport import Viewport
 from service.media.decoder import decode
@@ -109,6 +111,37 @@ def test_half_transparent_black_is_grey():
 
 def test_a_transparent_colour_of_a_plain_png_is_transparent():
     assert seen(encoded(Pillow.new("RGB", (50, 50), (1, 2, 3)), transparency=(1, 2, 3))).min() == 255
+
+
+@pytest.mark.parametrize(
+    ("colours", "depth", "key"),
+    [
+        *((0, depth, [1]) for depth in (1, 2, 4, 8)),
+        (0, 16, [257]),
+        (2, 8, [1, 2, 3]),
+        (2, 16, [257, 514, 771]),
+    ],
+)
+def test_a_transparent_colour_of_a_png_of_any_depth_is_transparent_and_no_other_is(colours, depth, key):
+    other = [*key[:-1], key[-1] - 1]
+    bits = "".join(f"{sample:0{depth}b}" for pixel in [key] * 8 + [other] * 8 for sample in pixel)
+    row = b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    header = struct.pack(">IIBBBBB", 16, 16, depth, colours, 0, 0, 0)
+    transparent = struct.pack(f">{len(key)}H", *key)
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(row * 16)), (b"IEND", b"")]
+    found = seen(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks))
+    assert found[:, :100].min() == 255
+    assert found[:, 124:].max() <= 3
+
+
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_grey_of_a_tiff_with_alpha_lies_on_white(alpha):
+    """Alpha of kind 1 is multiplied into the grey, that of kind 2 is not."""
+    data = encoded(Pillow.new("LA", (50, 50), (0, 128)), "TIFF")
+    kind = struct.pack("<HHII", 338, 3, 1, 2)
+    assert kind in data
+    found = seen(data.replace(kind, struct.pack("<HHII", 338, 3, 1, alpha)))
+    assert found[5, 5].tolist() == [127, 127, 127]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,7 +1,7 @@
 """Decode the pictures of a GIF or a WebP.
 
-A bounded walk finds the pictures and their times, and drops all else, so that Pillow sees no metadata. Pillow draws
-each picture over those before it, from the first on, so a picture is the same whichever others are asked for.
+A bounded walk finds the pictures and their times, and drops all else, so that Pillow sees no metadata. Each picture is
+drawn over those before it, from the first on, so a picture is the same whichever others are asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from service.core.vision import IMAGE_SIZE, UInt8Array
 from service.media.colours import in_colour
 from service.media.decoder import squashed
 from service.media.fields import unpack
+from service.media.gif import GifFrame, drawn
 from service.media.header import (
     GIF_EXTENSION,
     GIF_FRAME,
@@ -27,12 +28,11 @@ from service.media.header import (
     header_size,
     orientation_of,
 )
+from service.media.structure import kept_webp_flags
 
 MAX_BLOCKS = 262_144  # of the whole file; 20 MB in blocks of 255 bytes are 78,000
 GIF_CONTROL = b"\xf9\x04"
 GIF_END = 0x3B
-WEBP_METADATA_FLAGS = 0x2C  # of VP8X: a profile, EXIF, XMP
-WEBP_ANIMATED, WEBP_TRANSPARENT = 0x02, 0x10
 SHORT_MS, SHOWN_MS = 10, 100  # browsers show a picture for 100 ms whose file says 10 or less
 
 
@@ -40,12 +40,12 @@ SHORT_MS, SHOWN_MS = 10, 100  # browsers show a picture for 100 ms whose file sa
 class Animation:
     """An animated file without all that its pictures do not need."""
 
-    format: Literal["GIF", "WEBP"]
     width: int  # of the canvas, as stored
     height: int
     shown_ms: tuple[int, ...]  # how long each picture is shown
     walked_pixels: int  # of all pictures: what decoding the whole file costs
-    data: bytes
+    frames: tuple[GifFrame, ...] = ()  # of a GIF
+    webp: bytes = b""
     orientation: int = 1  # EXIF's 1 to 8
 
 
@@ -56,17 +56,25 @@ def read_animation(data: bytes, kind: Literal["GIF", "WEBP"]) -> Animation:
 
 def pictures(animation: Animation, wanted: Sequence[int]) -> Iterator[UInt8Array]:
     """Decode the pictures of these numbers, which ascend, to [3, 224, 224] RGB. Pillow may raise anything."""
-    with Pillow.open(BytesIO(animation.data), formats=(animation.format,)) as film:
+    if animation.frames:
+        shown = enumerate(drawn(animation.frames, animation.width, animation.height))
+        yield from (squashed(canvas, IMAGE_SIZE) for index, canvas in shown if index in wanted)
+        return
+    with Pillow.open(BytesIO(animation.webp), formats=("WEBP",)) as film:
         for index in wanted:
             film.seek(index)
             yield squashed(in_colour(film), IMAGE_SIZE, animation.orientation)
 
 
 def _gif(data: bytes) -> Animation:
-    """Keep the header, and each picture with the control block before it."""
+    """Keep the header, and each picture with the control block before it.
+
+    The canvas holds the screen and the first picture, as in `header_size`. Later pictures are cut off at its sides.
+    """
     view, offset = memoryview(data), gif_blocks_start(data)
+    head = data[:offset]
     width, height = unpack("<HH", data, 6)
-    kept: list[bytes | memoryview] = [view[:offset]]
+    frames: list[GifFrame] = []
     shown_ms: list[int] = []
     walked, control, blocks = 0, b"", 0
     while offset < len(data) and data[offset] != GIF_END:
@@ -77,22 +85,19 @@ def _gif(data: bytes) -> Animation:
             offset += 2
         elif begun == GIF_FRAME:
             left, top, across, down, flags = unpack("<HHHHB", data, offset + 1)
-            width, height = max(width, left + across), max(height, top + down)
+            if not frames:
+                width, height = max(width, left + across), max(height, top + down)
+            elif across * down > width * height:
+                raise _damaged("GIF", data)
             offset += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
         else:
             raise _damaged("GIF", data)
-        while True:  # blocks of data, each behind its length; 0 ends them
-            (length,) = unpack("<B", data, offset)
-            offset += 1 + length
-            blocks += 1
-            if blocks > MAX_BLOCKS:
-                raise _too_much("GIF", f"more than {MAX_BLOCKS:,} blocks")
-            if length == 0:
-                break
+        offset, count = _behind_blocks(data, offset, MAX_BLOCKS - blocks)
+        blocks += count
         if offset > len(data):
             raise _damaged("GIF", data)
         if begun == GIF_FRAME:
-            kept += [control, view[start:offset]]
+            frames.append(GifFrame(head, control, view[start:offset]))
             (delay,) = struct.unpack_from("<H", control, 4) if control else (0,)
             shown_ms.append(_shown(10 * delay))
             walked += across * down
@@ -100,7 +105,20 @@ def _gif(data: bytes) -> Animation:
     if not shown_ms or not width * height:
         raise _damaged("GIF", data)
     walked = max(walked, len(shown_ms) * width * height)  # each picture is drawn on the whole canvas
-    return Animation("GIF", width, height, tuple(shown_ms), walked, b"".join([*kept, bytes([GIF_END])]))
+    return Animation(width, height, tuple(shown_ms), walked, tuple(frames))
+
+
+def _behind_blocks(data: bytes, offset: int, most: int) -> tuple[int, int]:
+    """Skip blocks of data, each behind its length; 0 ends them -> where they end, and their number.
+
+    Raises InvalidImage for more than `most`.
+    """
+    for count in range(1, most + 1):
+        (length,) = unpack("<B", data, offset)
+        offset += 1 + length
+        if length == 0:
+            return offset, count
+    raise _too_much("GIF", f"more than {MAX_BLOCKS:,} blocks")
 
 
 def _webp(data: bytes) -> Animation:
@@ -119,9 +137,7 @@ def _webp(data: bytes) -> Animation:
             raise _too_much("WebP", f"more than {MAX_WEBP_CHUNKS:,} chunks")
         if name == b"VP8X":
             (flags,) = unpack("<B", data, offset + 8)
-            if flags & WEBP_ANIMATED:  # what no picture covers is transparent, even if each picture is opaque
-                flags |= WEBP_TRANSPARENT
-            kept.append(data[offset : offset + 8] + bytes([flags & ~WEBP_METADATA_FLAGS]))
+            kept.append(data[offset : offset + 8] + bytes([kept_webp_flags(flags)]))
             kept.append(view[offset + 9 : min(end, last)])
         elif name in (b"ANIM", b"ALPH", b"VP8 ", b"VP8L", b"ANMF"):
             kept.append(view[offset : min(end, last)])
@@ -132,7 +148,8 @@ def _webp(data: bytes) -> Animation:
     body = b"".join(kept)
     whole = b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
     shown = tuple(shown_ms) or (SHOWN_MS,)  # without ANMF it is one still picture
-    return Animation("WEBP", width, height, shown, len(shown) * width * height, whole, orientation_of(data))
+    walked = len(shown) * width * height
+    return Animation(width, height, shown, walked, webp=whole, orientation=orientation_of(data))
 
 
 def _shown(told_ms: int) -> int:

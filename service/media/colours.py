@@ -48,6 +48,20 @@ def in_colour_of_png(picture: ImageFile.ImageFile, data: bytes) -> Pillow.Image:
     return in_colour(picture)
 
 
+def in_colour_of_gif(picture: ImageFile.ImageFile) -> Pillow.Image:
+    """The same for a GIF's first frame. What it does not cover is transparent, as in browsers.
+
+    Pillow gives that part the frame's transparent colour. If it has none, the first of its colours.
+    """
+    place, whole = picture.tile[0].extents, (0, 0, *picture.size)
+    colours = in_colour(picture)
+    if place == whole or place is None or colours.mode == "RGBA":
+        return colours
+    canvas = Pillow.new("RGBA", colours.size)
+    canvas.paste(colours.crop(place), place)
+    return canvas
+
+
 def _clear_where(is_clear: npt.NDArray[np.bool_]) -> Pillow.Image:
     return Pillow.fromarray(np.where(is_clear, np.uint8(0), np.uint8(255)))
 

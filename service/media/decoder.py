@@ -28,7 +28,7 @@ from PIL import Image as Pillow
 from service.core.errors import InvalidImage, TooLarge
 from service.core.viewport import Viewport
 from service.core.vision import CLOSER_SIZE, CROPS, IMAGE_SIZE, UInt8Array
-from service.media.colours import in_colour, in_colour_of_png
+from service.media.colours import in_colour, in_colour_of_gif, in_colour_of_png
 from service.media.exif import SIDEWAYS
 from service.media.foreign import found_in
 from service.media.formats import SENT
@@ -204,6 +204,8 @@ def _in_colour(picture: ImageFile.ImageFile, structure: Structure) -> Pillow.Ima
     match structure.format:
         case "PNG":
             return in_colour_of_png(picture, structure.data)
+        case "GIF":
+            return in_colour_of_gif(picture)
     return in_colour(picture)
 
 

@@ -39,7 +39,7 @@ PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 PNG_FRAMES = (b"fcTL", b"fdAT")  # of an animation, after the picture
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 WEBP_PIXELS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
-WEBP_METADATA_FLAGS = 0x2C  # of VP8X: a profile, EXIF, XMP
+WEBP_ANIMATED, WEBP_TRANSPARENT, WEBP_METADATA_FLAGS = 0x02, 0x10, 0x2C  # of VP8X; metadata: a profile, EXIF, XMP
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +163,14 @@ def _bmp(data: bytes) -> Structure:
     return _sized(Structure("BMP", found.width, found.height, found.data, is_short=found.is_short))
 
 
+def kept_webp_flags(flags: int) -> int:
+    """Return the flags of VP8X for a decoder.
+
+    What no picture of an animation covers is transparent, even if each picture is opaque.
+    """
+    return (flags | WEBP_TRANSPARENT if flags & WEBP_ANIMATED else flags) & ~WEBP_METADATA_FLAGS
+
+
 def _webp(data: bytes) -> Structure:
     """The first frame. The file's end is where its header says."""
     view, metadata, frames = memoryview(data), 0, 0
@@ -180,8 +188,8 @@ def _webp(data: bytes) -> Structure:
         end = offset + 8 + length + length % 2
         frames += name == b"ANMF"
         if name == b"VP8X":
-            flags = data[offset + 8 : offset + 9]
-            kept.append(data[offset : offset + 8] + bytes(each & ~WEBP_METADATA_FLAGS for each in flags))
+            (flags,) = unpack("<B", data, offset + 8)
+            kept.append(data[offset : offset + 8] + bytes([kept_webp_flags(flags)]))
             kept.append(view[offset + 9 : min(end, last)])
         elif name in WEBP_PIXELS:
             if name != b"ANMF" or frames == 1:

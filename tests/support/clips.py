@@ -10,6 +10,7 @@ import av
 import numpy as np
 from PIL import Image as Pillow
 
+from benchmarks.bombs import webp_chunk
 from benchmarks.fuzz.films import usual_scheduling
 
 YELLOW, BLUE = (250, 220, 10), (40, 80, 120)
@@ -130,6 +131,43 @@ def animation(
         file, kind, save_all=True, append_images=pictures[1:], duration=duration_ms, loop=0, **more, **options
     )
     return file.getvalue()
+
+
+def gif(width: int, height: int, *frames: tuple[int, int, int, int, int, int]) -> bytes:
+    """A GIF of frames of one colour: 0 black, 1 red, 2 green, 3 blue. Each: colour, left, top, width, height, disposal.
+
+    Codes of 8 bits that are reset in time are pixels without compression.
+    """
+    palette = bytes((0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255)).ljust(3 * 128, b"\x80")
+    parts = [b"GIF89a", struct.pack("<HHBBB", width, height, 0xF6, 3, 0), palette]
+    for colour, left, top, across, down, disposal in frames:
+        pixels = bytes([colour]) * (across * down)
+        codes = b"".join(b"\x80" + pixels[at : at + 100] for at in range(0, len(pixels), 100)) + b"\x81"
+        blocks = (codes[at : at + 255] for at in range(0, len(codes), 255))
+        parts += [
+            b"!\xf9\4" + struct.pack("<BHBB", disposal << 2, 10, 0, 0),
+            struct.pack("<BHHHHBB", 0x2C, left, top, across, down, 0, 7),
+            *(bytes([len(block)]) + block for block in blocks),
+            b"\0",
+        ]
+    return b"".join([*parts, b";"])
+
+
+def webp_in_part(width: int, height: int, left: int, top: int, colour: tuple[int, int, int]) -> bytes:
+    """An animated WebP without alpha, whose one frame of 20x20 pixels leaves the rest of its canvas free."""
+    still = BytesIO()
+    Pillow.new("RGB", (20, 20), colour).save(still, "WEBP", lossless=True)
+
+    def three(*numbers: int) -> bytes:
+        return b"".join(number.to_bytes(3, "little") for number in numbers)
+
+    frame = three(left // 2, top // 2, 19, 19, 100) + b"\0" + still.getvalue()[12:]
+    body = (
+        webp_chunk(b"VP8X", b"\2\0\0\0" + three(width - 1, height - 1))
+        + webp_chunk(b"ANIM", bytes(6))
+        + webp_chunk(b"ANMF", frame)
+    )
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
 
 
 def many_gif_frames(count: int, width: int, height: int) -> bytes:

@@ -30,12 +30,14 @@ from tests.support.clips import (
     changed,
     expected_at,
     film,
+    gif,
     header_first,
     many_gif_frames,
     repeated,
     scene,
     sound,
     square_at,
+    webp_in_part,
 )
 from tests.support.paths import PROJECT
 from tests.support.pictures import LIMITS, encoded, picture
@@ -184,6 +186,42 @@ def test_what_is_transparent_in_an_animation_lies_on_white(kind):
     ).items():
         assert pixels[:, 5, 5].tolist() == [255, 255, 255]
         assert pixels[:, 105, 35 + 70 * index].tolist() == [255, 0, 0]
+
+
+RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]
+PLACES = ((30, 30), (112, 112), (194, 194))  # in the pixels of a canvas of 60x60: the top left, middle, bottom right
+
+
+def colours_of(pixels: np.ndarray) -> list[list[int]]:
+    return [pixels[:, down, across].tolist() for down, across in PLACES]
+
+
+@pytest.mark.parametrize("data", [gif(60, 60, (1, 20, 20, 20, 20, 0)), webp_in_part(60, 60, 20, 20, (255, 0, 0))])
+def test_what_the_first_frame_leaves_free_is_white_in_an_image_and_in_a_video(data):
+    assert colours_of(decode(data, LIMITS).pixels) == [WHITE, RED, WHITE]
+    assert colours_of(frames_of(data, 1)[0]) == [WHITE, RED, WHITE]
+
+
+def test_a_gifs_frames_are_drawn_and_removed_as_in_browsers():
+    data = gif(
+        60, 60, (1, 0, 0, 60, 60, 0), (2, 0, 0, 20, 20, 2), (3, 40, 40, 20, 20, 3), (2, 20, 20, 20, 20, 0),
+        (3, 50, 50, 20, 20, 0),
+    )  # fmt: skip
+    clip = decode_clip(data, LIMITS, 8)
+    assert (clip.width, clip.height) == (60, 60)  # the last frame is cut off at the sides
+    assert [colours_of(frame.pixels) for frame in clip.frames] == [
+        [RED, RED, RED],
+        [GREEN, RED, RED],
+        [WHITE, RED, BLUE],
+        [WHITE, GREEN, RED],
+        [WHITE, GREEN, BLUE],
+    ]
+
+
+def test_a_gif_whose_later_frames_are_larger_than_its_header_says_is_damaged():
+    data = gif(60, 60, (1, 0, 0, 60, 60, 0), (2, 0, 0, 61, 60, 0))
+    with pytest.raises(InvalidImage, match="the GIF is damaged"):
+        decode_clip(data, LIMITS, 8)
 
 
 def test_a_gifs_comments_never_reach_the_decoder():

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DecodedClip", "DecodedFrame", "clip_cost", "decode_clip", "is_clip"]
 MAX_FRAMES_WALKED = 3000  # decoded to get at those that are asked for: 100 s of 30 a second
+BLOCK, LEAST_ROWS = 64, 280  # see _most_pixels
 MAX_PIXELS_WALKED = 4_000_000_000  # in all of them: 64 s of 1920x1080 at 30 a second
 
 
@@ -158,12 +159,25 @@ def _film() -> type[Film]:
     return Film
 
 
+def _most_pixels(told: VideoHeader, limits: ImageLimits) -> int:
+    """Return how many pixels a frame may have: those that the header tells, for which there is room.
+
+    A codec decodes whole blocks, of up to 64 pixels a side. FFmpeg's MPEG-4 needs rows of up to two blocks more, and
+    280 of them.
+    """
+    most = min(limits.max_pixels, MAX_FRAME_PIXELS)
+    if not told.width * told.height:
+        return most
+    across, down = (-(-side // BLOCK) for side in (told.width, max(told.height, LEAST_ROWS)))
+    return min(most, (across + 2) * down * BLOCK**2)
+
+
 def _filmed(read: type[Film], data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:
     told = told_of(data)
     require_told(told, limits)
     if told.is_short:
         raise ValueError("bytes are missing")
-    with closing(read(data, "matroska" if kind == "WebM" else "mov", min(limits.max_pixels, MAX_FRAME_PIXELS))) as film:
+    with closing(read(data, "matroska" if kind == "WebM" else "mov", _most_pixels(told, limits))) as film:
         width, height = film.size
         require_frame_size(width, height, limits)
         wanted = spaced(film.count, most)

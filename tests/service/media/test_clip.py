@@ -448,6 +448,35 @@ def test_a_header_that_tells_small_frames_does_not_let_large_ones_in():
         decode_clip(changed(data, {b"stsd": small}), LIMITS, 2)
 
 
+def of_16_by_16(stsd: bytes) -> bytes:
+    return stsd[:40] + struct.pack(">HH", 16, 16) + stsd[44:]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        changed(film(count=2, size=(640, 480)), {b"stsd": of_16_by_16}),
+        film("libvpx", "webm", count=2, size=(640, 480))
+        .replace(b"\xb0\x82\x02\x80", b"\xb0\x82\0\x10")
+        .replace(b"\xba\x82\x01\xe0", b"\xba\x82\0\x10"),
+    ],
+    ids=["MP4", "WebM"],
+)
+def test_frames_larger_than_the_header_says_are_not_decoded(data):
+    """Their pixels are not reserved."""
+    assert clip_cost(data, 2, 50_000_000) == 16 * 16 + 2 * FRAME_PIXELS
+    with pytest.raises(InvalidImage, match="is damaged"):
+        decode_clip(data, LIMITS, 2)
+
+
+@pytest.mark.parametrize("kind", FILMS)
+@pytest.mark.parametrize("size", [(328, 248), (72, 136), (968, 72)])
+def test_sizes_that_are_no_whole_blocks_are_read(kind, size):
+    codec, container, options = FILMS[kind]
+    clip = decode_clip(film(codec, container, 2, size, options=options), LIMITS, 2)
+    assert (clip.width, clip.height) == size
+
+
 @pytest.mark.parametrize("codec", ["libx264", "libsvtav1"])
 def test_a_film_is_decoded_on_the_callers_thread_only(codec):
     data = film(codec, "matroska", size=(640, 480))

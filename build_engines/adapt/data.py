@@ -134,7 +134,8 @@ def _without_questions(
 ) -> list[str]:
     """Every file that could have questions, and why it has none. A file named as an image is about that image."""
     beside = {path.with_suffix("") for path in images} | set(images)
-    others = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jsonl", ".txt")]
+    others = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jsonl")]
+    others += sorted(folder.glob("[Qq]uestion*.txt"))  # a README.txt may be there, too
     others += sorted(folder.glob("*/questions.txt"))
     told, named = (
         [f"{name}: {reason}" for name, reason in skipped.items()],

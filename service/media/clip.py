@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DecodedClip", "DecodedFrame", "clip_cost", "decode_clip", "is_clip"]
 MAX_FRAMES_WALKED = 3000  # decoded to get at those that are asked for: 100 s of 30 a second
-BLOCK, LEAST_ROWS = 64, 280  # see _most_pixels
+BLOCK, LEAST_ROWS, GROWN_PIXELS = 64, 280, 1280 * 720  # see _most_pixels
 MAX_PIXELS_WALKED = 4_000_000_000  # in all of them: 64 s of 1920x1080 at 30 a second
 
 
@@ -163,13 +163,13 @@ def _most_pixels(told: VideoHeader, limits: ImageLimits) -> int:
     """Return how many pixels a frame may have: those that the header tells, for which there is room.
 
     A codec decodes whole blocks, of up to 64 pixels a side. FFmpeg's MPEG-4 needs rows of up to two blocks more, and
-    280 of them.
+    280 of them. The pictures of a recorded call begin small and may grow.
     """
     most = min(limits.max_pixels, MAX_FRAME_PIXELS)
     if not told.width * told.height:
         return most
     across, down = (-(-side // BLOCK) for side in (told.width, max(told.height, LEAST_ROWS)))
-    return min(most, (across + 2) * down * BLOCK**2)
+    return min(most, max((across + 2) * down * BLOCK**2, GROWN_PIXELS))
 
 
 def _filmed(read: type[Film], data: bytes, kind: ClipFormat, limits: ImageLimits, most: int) -> DecodedClip:

@@ -102,6 +102,7 @@ class Outcomes:
         timing_ms = ticket.timing_ms()
         ended = Ended(
             answered=ticket.outcome == "ok",
+            waits=ticket.outcome == BATCH_WAIT,
             streamed=ticket.streams,
             encoded_images=ticket.encoded,
             prompt_tokens=ticket.prompt_tokens,

@@ -90,6 +90,7 @@ class Ended:
     """What one request took, as its ticket tells."""
 
     answered: bool
+    waits: bool  # it is asked again, so it has not ended
     streamed: bool
     encoded_images: int
     prompt_tokens: int
@@ -127,7 +128,8 @@ class Costs(Collector):
     def ended(self, payer: Payer, request: Ended) -> None:
         """Count a request that ended."""
         account = self._account(payer)
-        account.requests["ok" if request.answered else "failed"] += 1
+        if not request.waits:
+            account.requests["ok" if request.answered else "failed"] += 1
         account.tokens["prompt"] += request.prompt_tokens
         account.tokens["visual"] += request.visual_tokens
         account.tokens["generated"] += request.generated_tokens

@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from service.core.errors import BATCH_WAIT
 from service.telemetry.tracing import TRACEPARENT, Generated, Value, current
 
 # Stages that a request enters once a response of the LLM: each is one span from the first entry to the last exit.
@@ -129,7 +130,7 @@ class Trace:
         self._root.set_attributes({f"glimpse.{name}": value for name, value in attributes.items()})
         if self._gen_ai_model is not None:
             self._root.set_attributes(gen_ai(generated, self._gen_ai_model))
-        if outcome not in ("ok", "cancelled"):
+        if outcome not in ("ok", "cancelled", BATCH_WAIT):
             set_failed(self._root, outcome)
         self._root.end()
 

@@ -342,6 +342,9 @@ class Pool:
         except (Unavailable, InternalError):
             member.breaker.failed(time.monotonic(), random.random(), is_cut=True)
             raise
+        except GeneratorExit:  # a stop string, or the caller, ended the answer: the Triton did not cut it
+            member.breaker.succeeded(time.monotonic())
+            raise
         member.breaker.succeeded(time.monotonic())
 
     async def watch(self, interval_s: float, timeout_s: float) -> None:

@@ -73,7 +73,7 @@ def test_a_link_to_nowhere_is_told(tmp_path: Path) -> None:
 
 def test_a_file_named_as_an_image_has_no_questions(tmp_path: Path) -> None:
     pictures(tmp_path, "a.png")
-    for name in ("a.json", "a.png.json", "a.txt"):
+    for name in ("a.json", "a.png.json", "a.txt", "README.txt"):
         (tmp_path / name).write_text("{}")
     assert data.read(tmp_path).form == "templates"
 

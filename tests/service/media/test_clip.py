@@ -455,10 +455,10 @@ def of_16_by_16(stsd: bytes) -> bytes:
 @pytest.mark.parametrize(
     "data",
     [
-        changed(film(count=2, size=(640, 480)), {b"stsd": of_16_by_16}),
-        film("libvpx", "webm", count=2, size=(640, 480))
-        .replace(b"\xb0\x82\x02\x80", b"\xb0\x82\0\x10")
-        .replace(b"\xba\x82\x01\xe0", b"\xba\x82\0\x10"),
+        changed(film(count=2, size=(1920, 1080)), {b"stsd": of_16_by_16}),
+        film("libvpx", "webm", count=2, size=(1920, 1080))
+        .replace(b"\xb0\x82\x07\x80", b"\xb0\x82\0\x10")
+        .replace(b"\xba\x82\x04\x38", b"\xba\x82\0\x10"),
     ],
     ids=["MP4", "WebM"],
 )
@@ -467,6 +467,14 @@ def test_frames_larger_than_the_header_says_are_not_decoded(data):
     assert clip_cost(data, 2, 50_000_000) == 16 * 16 + 2 * FRAME_PIXELS
     with pytest.raises(InvalidImage, match="is damaged"):
         decode_clip(data, LIMITS, 2)
+
+
+def test_a_recording_whose_pictures_grow_is_read():
+    """As of a call: it began with 320x240."""
+    data = film("libvpx", "webm", count=2, size=(640, 480))
+    told = data.replace(b"\xb0\x82\x02\x80", b"\xb0\x82\x01\x40").replace(b"\xba\x82\x01\xe0", b"\xba\x82\0\xf0")
+    assert told != data
+    assert len(decode_clip(told, LIMITS, 2).frames) == 2
 
 
 @pytest.mark.parametrize("kind", FILMS)

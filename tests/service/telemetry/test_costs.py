@@ -11,7 +11,7 @@ from service.telemetry.costs import MOST_OF_NOMINAL, PROMOTED_FROM, REQUEST_S, C
 
 
 def ended(**changed: object) -> Ended:
-    values = {"answered": True, "streamed": False, "encoded_images": 0}
+    values = {"answered": True, "waits": False, "streamed": False, "encoded_images": 0}
     tokens = {"prompt_tokens": 13, "visual_tokens": 32, "generated_tokens": 0}
     return Ended(**(values | tokens | changed))  # type: ignore[arg-type]
 
@@ -159,3 +159,12 @@ def test_the_payer_is_known_to_later_work_and_is_read_as_it_is_written():
     assert world.costs.payer("a.b:c", "other") == current.get() == Payer("a.b:c", "other")
     assert Payer.read(str(current.get())) == current.get()
     assert Payer.read("") == NOBODY
+
+
+def test_a_question_of_a_batch_that_waits_has_not_ended():
+    world = World()
+    world.ask("a", answered=False, waits=True)
+    world.ask("a")
+    counted = {key[-1]: value for key, value in world.samples().items() if key[0] == "requests_total" and "a" in key}
+    assert counted.get("failed", 0.0) == 0.0
+    assert counted["ok"] == 1.0

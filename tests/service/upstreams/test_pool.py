@@ -193,6 +193,21 @@ async def test_answers_that_come_to_their_end_make_up_for_those_that_do_not():
     assert setting.pool.faults() == {}
 
 
+async def test_an_answer_that_a_stop_string_ends_was_not_cut():
+    setting = await Setting(A).started()
+    triton = setting.tritons[A]
+    for _ in range(3 * FAILURES_TO_OPEN):
+        triton.fault, triton.fails_after = Unavailable("gone"), 1
+        with pytest.raises(Unavailable):
+            async for _ in setting.pool.generate(generation(), timeout_s=5.0):
+                pass
+        triton.fault, triton.fails_after = None, None
+        async with aclosing(setting.pool.generate(generation(), timeout_s=5.0)) as answer:
+            await anext(answer)
+            await anext(answer)
+    assert setting.pool.faults() == {}
+
+
 async def test_a_call_whose_time_is_over_is_not_tried_again():
     setting = await Setting().started()
     for triton in setting.tritons.values():

@@ -73,7 +73,10 @@ def test_the_exam_of_one_answers_as_the_model_itself(tmp_path):
     everything = torch.ones(features.shape[:2], dtype=torch.int32)
     visual = checkpoint.qformer()(features, everything, *questions.tensors(texts))
     said = Language(checkpoint.model.language_model, questions).answer(visual, texts)
-    right = [ids == questions.answer(one.question.answer) for ids, one in zip(said, exam.asked, strict=True)]
+    right = [
+        ids == questions.answer(one.question.text, one.question.answer)
+        for ids, one in zip(said, exam.asked, strict=True)
+    ]
     short = [index for index, one in enumerate(exam.asked) if one.question.type != DESCRIBE]
     assert 0 < sum(right[index] for index in short) < len(short)
     full = Arm(vision_tokens=(256, 256))

@@ -15,6 +15,7 @@ OURS = (
     "service.core",
     "service.text.guides",
     "service.media.bmp",
+    "service.media.colours",
     "service.media.decoder",
     "service.media.exif",
     "service.media.fields",

@@ -193,8 +193,7 @@ async def test_a_caller_that_leaves_before_the_first_event(caller):
 
 
 async def test_a_caller_that_leaves_while_its_image_is_decoded(caller):
-    caller.house.reader.close()
-    caller.house.reader = caller.house.pipeline.reader = SlowReader()
+    caller.house.pipeline.pixels.reader = SlowReader()
     sent = Sent(caller, "/v1/images", png())
     await until(lambda: holds(caller) == Cost(len(png()), 224 * 224))
     sent.gone.set()

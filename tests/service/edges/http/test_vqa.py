@@ -683,7 +683,7 @@ async def test_a_caller_who_does_not_read_its_stream_holds_nothing_for_ever(call
 
 
 async def test_a_caller_who_hangs_up_while_its_image_is_decoded_frees_its_place(caller):
-    caller.house.reader = caller.house.pipeline.reader = SlowReader()
+    caller.house.pipeline.pixels.reader = SlowReader()
     task, gone = one_body(caller, "/v1/images", png())
     await until(lambda: caller.house.counted("glimpse_admitted_cost", unit="pixels") > 0)
     gone.set()
@@ -695,7 +695,7 @@ async def test_a_caller_who_hangs_up_while_its_image_is_decoded_frees_its_place(
 
 async def test_an_image_that_is_not_decoded_in_time_is_504():
     caller = Caller(House(default_timeout_s=0.05))
-    caller.house.reader = caller.house.pipeline.reader = SlowReader()
+    caller.house.pipeline.pixels.reader = SlowReader()
     error = fault(await caller.http.post("/v1/images", content=png()), 504)
     assert "not decoded within 0.05 s" in error["message"]
     assert caller.house.admission.quota.held == Cost()
@@ -703,9 +703,9 @@ async def test_an_image_that_is_not_decoded_in_time_is_504():
 
 
 class SlowReader:
-    """Never has decoded."""
+    """Never has a process that is free to decode."""
 
-    async def decode(self, data: bytes) -> None:
+    async def begin_decode(self, *_: object) -> None:
         await asyncio.Event().wait()
 
     def close(self) -> None:

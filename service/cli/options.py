@@ -64,8 +64,9 @@ def url_of(given: str | None) -> str:
 
 
 def redis_url_of(given: str | None) -> str | None:
-    """The given address, else that of the environment, where it may stand in a file. Ends the command if it cannot be
-    read."""
+    """Return the given address, or else the environment's: GLIMPSE_REDIS_URL, or the file that GLIMPSE_REDIS_URL_FILE
+    names. Ends the command if the file cannot be read.
+    """
     if given and given != os.environ.get(REDIS_URL):
         return given
     try:

@@ -18,7 +18,7 @@ from service.core.answer import Delta, Finished, KeptImage, LogProb
 from service.core.card import ClipResampler, Engines, ModelCard
 from service.core.models import Generation
 from service.core.prompt import Prompt, Question
-from service.core.request import Budget, ImageBytes, ImageId, ImageSource, Request, Sampling
+from service.core.request import Budget, ImageBytes, ImageId, ImageSource, Request, Sampling, Text
 from service.core.vision import CloserFeatures, Relevance, Seen, SeenClip, VisionFeatures, dense
 from service.media.decoder import ImageLimits
 from service.media.fetch import ImageFetcher
@@ -86,6 +86,18 @@ def png(colour: tuple[int, int, int] = (200, 30, 40), size: tuple[int, int] = (2
 def image_source(image: bytes | str) -> ImageSource:
     """A file, or the id of an image that was sent before."""
     return ImageId(image) if isinstance(image, str) else ImageBytes(image)
+
+
+def asked(**changes: object) -> Request:
+    """One question about one image."""
+    parts = (image_source(png()), Text("what colour?"))
+    return replace(Request("vqa_1", parts, Budget(), Sampling(max_tokens=16), timeout_s=10), **changes)
+
+
+async def answered(house: House, request: Request) -> None:
+    """Read the answer to its end."""
+    async for _ in house.answer(request):
+        pass
 
 
 def ids_of(text: str) -> list[int]:

@@ -6,17 +6,17 @@ import asyncio
 import base64
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 
 import httpx
 import pytest
 
 from service.admission.quota import Refusal
 from service.core.errors import DeadlineExceeded, Overloaded, QuotaExceeded
-from service.core.request import Budget, Request, Sampling, Text
+from service.core.request import Sampling, Text
 from service.edges.asking import QuestionLimits
 from service.edges.http.application import http_api
-from tests.support.fakes import House, image_source, png, until
+from tests.support.fakes import House, answered, image_source, png, until
+from tests.support.fakes import asked as request
 
 
 @pytest.fixture
@@ -24,16 +24,6 @@ def house() -> Iterator[House]:
     house = House()
     yield house
     house.reader.close()
-
-
-def request(**changes: object) -> Request:
-    parts = (image_source(png()), Text("what colour?"))
-    return replace(Request("vqa_1", parts, Budget(), Sampling(max_tokens=16), timeout_s=10), **changes)
-
-
-async def answered(house: House, asked: Request) -> None:
-    async for _ in house.answer(asked):
-        pass
 
 
 def first_tokens(house: House) -> float:

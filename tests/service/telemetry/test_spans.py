@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -14,12 +13,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from service.core.errors import InvalidRequest, Unavailable
-from service.core.request import Budget, Request, Sampling, Text
+from service.core.request import Sampling
 from service.core.variant import Served
 from service.record.outcomes import Outcomes
 from service.telemetry.metrics import Metrics
 from service.telemetry.spans import Traces
-from tests.support.fakes import CARD, House, cancelled, image_source, png, until
+from tests.support.fakes import CARD, House, answered, cancelled, until
+from tests.support.fakes import asked as request
 
 
 class Recorded:
@@ -52,16 +52,6 @@ def house(recorded: Recorded) -> Iterator[House]:
     house.pipeline.outcomes.traces = recorded.traces
     yield house
     house.reader.close()
-
-
-def request(**changes: object) -> Request:
-    parts = (image_source(png()), Text("what colour?"))
-    return replace(Request("vqa_1", parts, Budget(), Sampling(max_tokens=16), timeout_s=10), **changes)
-
-
-async def answered(house: House, asked: Request) -> None:
-    async for _ in house.answer(asked):
-        pass
 
 
 async def test_an_answer_tells_its_model_and_all_tokens_that_the_llm_read(recorded: Recorded, house: House) -> None:

@@ -241,7 +241,7 @@ class TritonClient:
 
     async def _probe_llm(self, card: ModelCard, clip_weights: bool, timeout_s: float) -> None:
         prompt = Prompt(
-            input_ids=np.array([card.vocab_size, card.end_id], np.int32),
+            input_ids=np.array([card.vocab_size, 0], np.int32),  # not the end id: a card may have none, -1
             visual_tokens=np.zeros((1, card.hidden_size), DTYPES[card.float_type]),
             extra_ids=np.array([1, 0], np.uint64),
             clip_weights=clip_weights,

@@ -271,6 +271,10 @@ async def test_every_model_can_be_probed(client: TritonClient, card: ModelCard) 
         await client.probe("nothing", card, timeout_s=1)
 
 
+async def test_a_model_whose_answers_have_no_end_id_can_be_probed(client: TritonClient, card: ModelCard) -> None:
+    await client.probe("llm", replace(card, end_id=-1))
+
+
 async def test_a_probe_that_waits_behind_others_work_is_no_fault(asker: Asker) -> None:
     """All rows are at work and more wait: a probe comes last, and everybody sees that the model lives."""
     at_work = asyncio.Event()

@@ -126,7 +126,7 @@ class Pipeline:
             clips=self.clips,
         )
         estimator = Estimator(
-            prompts, self.admission, self.features, self.clips, self.reader.limits, self.pixels.page_sizes
+            card, prompts, self.admission, self.features, self.clips, self.reader.limits, self.pixels.page_sizes
         )
         return Model(card, prompts, stage, language, estimator, **fields)
 

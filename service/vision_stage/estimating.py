@@ -10,6 +10,7 @@ from service.admission.quota import Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache
 from service.cache.keys import first_view
+from service.core.card import ModelCard
 from service.core.errors import InvalidImage, naming_frame, naming_image
 from service.core.estimate import Amounts, Estimate, EstimatedClip, EstimatedImage, NotAdmitted
 from service.core.request import Budget, Request
@@ -33,6 +34,7 @@ class Estimator:
 
     def __init__(
         self,
+        card: ModelCard,
         prompts: PromptBuilder,
         admission: Admission,
         features: FeatureCache,
@@ -40,8 +42,8 @@ class Estimator:
         limits: ImageLimits,
         page_sizes: PageSizes,
     ) -> None:
+        self.card = card  # in the precision that the models compute in, as the vision stage has it
         self.prompts = prompts
-        self.card = prompts.card
         self.admission = admission
         self.features = features
         self.clips = clips

@@ -12,7 +12,8 @@ import pytest_asyncio
 
 from service.admission.quota import Cost
 from service.edges.http.application import http_api
-from tests.support.fakes import CLOSER, House, Strain, png
+from service.text.prompt import PromptBuilder
+from tests.support.fakes import CLOSER, TOKENIZER, House, Strain, png
 from tests.support.paths import SCENES
 from tests.support.servers import Gateway
 
@@ -65,6 +66,16 @@ async def test_nothing_is_decoded_encoded_kept_or_held(caller):
 
 
 async def test_a_known_image_has_no_pixels_to_decode(caller):
+    asked = {"image": base64.b64encode(png()).decode(), "question": "what colour?"}
+    image_id = (await caller.http.post("/v1/vqa", json=asked)).json()["image_ids"][0]
+    said = (await caller.estimate(image_id)).json()
+    assert (said["images"][0]["known"], said["cost"]["pixels"]) == (True, 0)
+
+
+async def test_an_image_is_known_whatever_the_precision_that_the_models_compute_in(caller):
+    house = caller.house
+    int8, prompts = CLOSER.computed_in("int8"), PromptBuilder(CLOSER, TOKENIZER)
+    house.pipeline.models.models = [house.pipeline.model(house.vision, house.language, int8, prompts)]
     asked = {"image": base64.b64encode(png()).decode(), "question": "what colour?"}
     image_id = (await caller.http.post("/v1/vqa", json=asked)).json()["image_ids"][0]
     said = (await caller.estimate(image_id)).json()

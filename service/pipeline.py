@@ -60,6 +60,7 @@ from service.text.prompt import Detokeniser, PromptBuilder
 from service.upstreams.attempts import Attempts
 from service.upstreams.models import Choice, Model, Models
 from service.vision_stage import Pixels, VisionStage, decoding_cost
+from service.vision_stage.clip_stage import ClipStage
 from service.vision_stage.clips import ClipMemory
 from service.vision_stage.estimating import Estimator
 from service.vision_stage.plan import Film
@@ -115,7 +116,7 @@ class Pipeline:
         self, vision: VisionModel, language: LanguageModel, card: ModelCard, prompts: PromptBuilder, **fields: Any
     ) -> Model:
         """Make what answers for one variant, with the parts that all variants share. `fields` are those of Model."""
-        stage = VisionStage(
+        clip_stage = ClipStage(
             vision=vision,
             admission=self.admission,
             card=card,
@@ -125,8 +126,24 @@ class Pipeline:
             visual=self.visual,
             clips=self.clips,
         )
+        stage = VisionStage(
+            vision=vision,
+            admission=self.admission,
+            card=card,
+            prompts=prompts,
+            pixels=self.pixels,
+            features=self.features,
+            visual=self.visual,
+            clip_stage=clip_stage,
+        )
         estimator = Estimator(
-            card, prompts, self.admission, self.features, self.clips, self.reader.limits, self.pixels.page_sizes
+            card=card,
+            prompts=prompts,
+            admission=self.admission,
+            features=self.features,
+            clips=self.clips,
+            limits=self.reader.limits,
+            page_sizes=self.pixels.page_sizes,
         )
         return Model(card, prompts, stage, language, estimator, **fields)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from service.admission.admission import Admission, Reservation
@@ -28,29 +28,18 @@ from service.vision_stage.turns import turn
 FindFeatures = Callable[[Sequence[Look], Ticket, Reservation], Awaitable[None]]  # of all looks at the same time
 
 
+@dataclass(kw_only=True, eq=False)
 class ClipStage:
-    """Do what is done once for the clip of a request. Made once by the vision stage, which looks at the frames."""
+    """Do what is done once for a request's clip; the vision stage looks at its frames. Made once by the pipeline."""
 
-    def __init__(
-        self,
-        *,
-        vision: VisionModel,
-        admission: Admission,
-        card: ModelCard,
-        prompts: PromptBuilder,
-        pixels: Pixels,
-        features: FeatureCache,
-        visual: VisualCache,
-        clips: ClipMemory,
-    ) -> None:
-        self.vision = vision
-        self.admission = admission
-        self.card = card
-        self.prompts = prompts
-        self.pixels = pixels
-        self.features = features
-        self.visual = visual
-        self.clips = clips
+    vision: VisionModel
+    admission: Admission
+    card: ModelCard
+    prompts: PromptBuilder
+    pixels: Pixels
+    features: FeatureCache
+    visual: VisualCache
+    clips: ClipMemory
 
     async def shown(self, clip: LoadedClip, find: FindFeatures, ticket: Ticket, reservation: Reservation) -> Shown:
         """Choose the frames that are looked at. Raises InvalidImage, TooLarge, Overloaded."""

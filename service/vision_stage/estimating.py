@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from service.admission.admission import Admission, Reservation
 from service.admission.quota import Cost
@@ -29,26 +30,17 @@ from service.vision_stage.clips import ClipMemory, given_frames, most_found
 from service.vision_stage.page_sizes import PageSizes
 
 
+@dataclass(kw_only=True, eq=False)
 class Estimator:
     """Read headers and ask admission, but reserve nothing."""
 
-    def __init__(
-        self,
-        card: ModelCard,
-        prompts: PromptBuilder,
-        admission: Admission,
-        features: FeatureCache,
-        clips: ClipMemory,
-        limits: ImageLimits,
-        page_sizes: PageSizes,
-    ) -> None:
-        self.card = card  # in the precision that the models compute in, as the vision stage has it
-        self.prompts = prompts
-        self.admission = admission
-        self.features = features
-        self.clips = clips
-        self.limits = limits
-        self.page_sizes = page_sizes
+    card: ModelCard  # in the precision that the models compute in, as the vision stage has it
+    prompts: PromptBuilder
+    admission: Admission
+    features: FeatureCache
+    clips: ClipMemory
+    limits: ImageLimits
+    page_sizes: PageSizes
 
     def estimate(
         self,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +46,7 @@ from service.media.store import Image, LoadedClip
 from service.record.ticket import Ticket
 from service.text.prompt import PromptBuilder
 from service.vision_stage.clip_stage import ClipStage
-from service.vision_stage.clips import ClipMemory, Shown
+from service.vision_stage.clips import Shown
 from service.vision_stage.pixels import Pixels
 from service.vision_stage.plan import (
     OF_FRAME,
@@ -70,38 +70,18 @@ from service.vision_stage.turns import to_its_end, together, turn
 ENCODE_TIMEOUT_S = 10.0
 
 
+@dataclass(kw_only=True, eq=False)
 class VisionStage:
     """Look at the images of all requests. Made once by the pipeline."""
 
-    def __init__(
-        self,
-        *,
-        vision: VisionModel,
-        admission: Admission,
-        card: ModelCard,
-        prompts: PromptBuilder,
-        pixels: Pixels,
-        features: FeatureCache,
-        visual: VisualCache,
-        clips: ClipMemory,
-    ) -> None:
-        self.vision = vision
-        self.admission = admission
-        self.card = card
-        self.prompts = prompts
-        self.pixels = pixels
-        self.features = features
-        self.visual = visual
-        self.clip_stage = ClipStage(
-            vision=vision,
-            admission=admission,
-            card=card,
-            prompts=prompts,
-            pixels=pixels,
-            features=features,
-            visual=visual,
-            clips=clips,
-        )
+    vision: VisionModel
+    admission: Admission
+    card: ModelCard
+    prompts: PromptBuilder
+    pixels: Pixels
+    features: FeatureCache
+    visual: VisualCache
+    clip_stage: ClipStage
 
     async def look(
         self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket, reservation: Reservation

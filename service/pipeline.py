@@ -54,6 +54,7 @@ from service.media.store import Image, ImageStore, LoadedClip
 from service.record.outcomes import Outcomes
 from service.record.ticket import Ticket
 from service.settings import Settings
+from service.system.tasks import first_failure
 from service.telemetry.metrics import Metrics
 from service.text.guide_checks import GuideChecks
 from service.text.prompt import Detokeniser, PromptBuilder
@@ -383,15 +384,11 @@ class Pipeline:
         }
         if not urls:
             return {}
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                fetches = {
-                    url: tasks.create_task(self.fetch_one(url, naming, wanted, reservation))
-                    for url, (naming, wanted) in urls.items()
-                }
-        except BaseExceptionGroup as group:
-            first = group.exceptions[0]
-            raise first from first.__cause__
+        async with first_failure() as tasks:
+            fetches = {
+                url: tasks.create_task(self.fetch_one(url, naming, wanted, reservation))
+                for url, (naming, wanted) in urls.items()
+            }
         return {url: fetch.result() for url, fetch in fetches.items()}
 
     async def fetch_one(self, source: ImageUrl, naming: Naming, wanted: Wanted, reservation: Reservation) -> ImageBytes:

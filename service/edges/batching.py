@@ -23,6 +23,7 @@ from service.core.errors import (
 from service.core.request import Request
 from service.edges.caller import Caller
 from service.pipeline import Patience, Pipeline, Reservation
+from service.system.tasks import first_failure
 
 log = structlog.get_logger()
 
@@ -77,13 +78,9 @@ class Batch:
                         await write(asked[0], outcome)
                 del asked, outcome  # not kept while the next question is awaited
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(self.pipeline.batch_turns):
-                    tasks.create_task(work())
-        except BaseExceptionGroup as group:
-            first = group.exceptions[0]
-            raise first from first.__cause__
+        async with first_failure() as tasks:
+            for _ in range(self.pipeline.batch_turns):
+                tasks.create_task(work())
 
     async def answer(self, request: Request, within: Reservation) -> tuple[Request, Delta, Finished]:
         """Answer one question -> the question as last asked, its text and its end. Raises GlimpseError.

@@ -1,1 +1,1 @@
-"""What the process has of its machine: variables, files, output, limits."""
+"""What the process has of its machine: variables, files, output, limits, tasks."""

@@ -12,6 +12,7 @@ from service.admission.admission import Reservation
 from service.admission.quota import NOTHING, Cost
 from service.admission.scheduler import Claim, Kind, Resource
 from service.record.ticket import Ticket
+from service.system.tasks import first_failure
 from service.vision_stage.plan import Look
 
 Result = TypeVar("Result")
@@ -62,10 +63,6 @@ async def together(
         for look in looks:
             await step(look, ticket, reservation)
         return
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for look in looks:
-                tasks.create_task(step(look, ticket, reservation))
-    except BaseExceptionGroup as group:
-        first = group.exceptions[0]
-        raise first from first.__cause__
+    async with first_failure() as tasks:
+        for look in looks:
+            tasks.create_task(step(look, ticket, reservation))

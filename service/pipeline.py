@@ -167,29 +167,29 @@ class Pipeline:
 
     async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
-        with self.outcomes.of(request, reservation.patience) as ticket, ExitStack() as admitted:
+        with self.outcomes.of(request, reservation) as ticket, ExitStack() as admitted:
             if request.sampling.guide is not None:
-                async with ticket.in_time(reservation):
+                async with ticket.in_time():
                     await self.guides.require(request.sampling.guide)
-            choices = admitted.enter_context(self.admit(ticket, reservation))
-            async with self.charged(ticket, choices, reservation) as use:
-                async with ticket.in_time(reservation):
-                    images, clip = await self.load(ticket, reservation)
+            choices = admitted.enter_context(self.admit(ticket))
+            async with self.charged(ticket, choices) as use:
+                async with ticket.in_time():
+                    images, clip = await self.load(ticket)
                 use.images = len(images)
                 for attempt in Attempts(self.models, choices, ticket.image_ids[0], ticket, reservation, self.metrics):
                     with attempt:
                         model = attempt.model
-                        seen = await self.look(model, images, clip, ticket, reservation, use)
+                        seen = await self.look(model, images, clip, ticket, use)
                         prompt = self.compose(model, ticket.request, images, seen)
                         use.visual_tokens = len(prompt.visual_tokens)
                         ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
                         ticket.visual_tokens = len(prompt.visual_tokens)
-                        async with aclosing(self.generate(model, prompt, ticket, reservation)) as deltas:
+                        async with aclosing(self.generate(model, prompt, ticket)) as deltas:
                             async for delta in deltas:
                                 attempt.sent = True
                                 ticket.answer.append(delta.text)
                                 yield delta
-                        yield self.finish(model, ticket, images, clip, seen, reservation)
+                        yield self.finish(model, ticket, images, clip, seen)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
         """Check and keep an image or a video, so that questions can name it by its id.
@@ -318,13 +318,14 @@ class Pipeline:
             yield reservation
 
     @contextmanager
-    def admit(self, ticket: Ticket, reservation: Reservation) -> Iterator[Sequence[Choice]]:
+    def admit(self, ticket: Ticket) -> Iterator[Sequence[Choice]]:
         """Check the request before any work is done, and reserve its LLM tokens for the block.
 
         Gives the variants that can answer it.
 
         Raises InvalidRequest, Overloaded.
         """
+        reservation = ticket.reservation
         with reservation.work():
             choices = self.models.choices(ticket.request)
             reservation.is_hurried = ticket.request.is_hurried
@@ -342,28 +343,28 @@ class Pipeline:
                 self.metrics.in_flight.dec()
 
     @asynccontextmanager
-    async def charged(self, ticket: Ticket, choices: Sequence[Choice], reservation: Reservation) -> AsyncIterator[Use]:
+    async def charged(self, ticket: Ticket, choices: Sequence[Choice]) -> AsyncIterator[Use]:
         """Charge what the request can use to its tenant's quota, and settle with what it used. Raises QuotaExceeded."""
         most = Use(
             max(choice.model.prompts.pictures(choice.request) for choice in choices),
             max(choice.model.prompts.visual_tokens(choice.request) for choice in choices),
             ticket.request.sampling.max_tokens,
         )
-        async with reservation.account.charged(most) as use:
+        async with ticket.reservation.account.charged(most) as use:
             try:
                 yield use
             finally:
                 use.generated_tokens = ticket.completion_tokens
 
-    async def load(self, ticket: Ticket, reservation: Reservation) -> tuple[list[Image], LoadedClip | None]:
+    async def load(self, ticket: Ticket) -> tuple[list[Image], LoadedClip | None]:
         """Return the bytes and digests of the images and of the clip. The reservation holds those in memory.
 
         It decodes nothing, because a known image needs no pixels.
         """
-        request, in_use = ticket.request, InUse(self.images, ticket.request.tenant, reservation.held)
+        request, in_use = ticket.request, InUse(self.images, ticket.request.tenant, ticket.reservation.held)
         loaded, sources = [], places_of(request)
         with ticket.stage("load"):
-            fetched = await self.fetch(sources, reservation)
+            fetched = await self.fetch(sources, ticket.reservation)
             for source, naming, _ in sources:
                 with naming():
                     known = fetched[source] if isinstance(source, ImageUrl) else source
@@ -414,21 +415,15 @@ class Pipeline:
                 return await in_use.find(image_id)
 
     async def look(
-        self,
-        model: Model,
-        images: Sequence[Image],
-        clip: LoadedClip | None,
-        ticket: Ticket,
-        reservation: Reservation,
-        use: Use,
+        self, model: Model, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket, use: Use
     ) -> Sight:
         """Look at all that the request shows. If that fails, the frames that were encoded count as used.
 
         Raises InvalidImage, TooLarge, Overloaded, DeadlineExceeded, Unavailable.
         """
         try:
-            async with ticket.in_time(reservation):
-                seen = await model.vision_stage.look(images, clip, ticket, reservation)
+            async with ticket.in_time():
+                seen = await model.vision_stage.look(images, clip, ticket)
         finally:
             use.images = len(images) + min(ticket.encoded_frames, ticket.compared)
         use.images = len(images) + ticket.compared
@@ -449,9 +444,7 @@ class Pipeline:
         ]
         return model.prompts.compose_request(request, visual, frames)
 
-    async def generate(
-        self, model: Model, prompt: Prompt, ticket: Ticket, reservation: Reservation
-    ) -> AsyncGenerator[Delta, None]:
+    async def generate(self, model: Model, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[Delta, None]:
         """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
         sampling = ticket.request.sampling
         card, detokeniser = model.card, Detokeniser(model.spelled, sampling.stop)
@@ -468,7 +461,7 @@ class Pipeline:
             log_probs=told,
         )
         async with aclosing(model.language.generate(generation, ticket.left_s)) as tokens:
-            while (ids := await self._next_tokens(tokens, card.end_id, ticket, reservation)) is not None:
+            while (ids := await self._next_tokens(tokens, card.end_id, ticket)) is not None:
                 text, certain = "", list[TokenLogProb]()
                 taken = 0
                 for taken, token in enumerate(ids, 1):
@@ -489,7 +482,7 @@ class Pipeline:
                 if detokeniser.stopped:
                     guide, said = sampling.guide, "".join(ticket.answer)
                     # A constrained output that a stop string cut is as unfinished as one that max_tokens cut.
-                    async with ticket.in_time(reservation):
+                    async with ticket.in_time():
                         is_whole = guide is None or await self.guides.is_complete(guide, said)
                     ticket.finish_reason = "stop" if is_whole else "length"
                     return
@@ -497,11 +490,11 @@ class Pipeline:
             yield Delta(text, tuple(untold))
 
     async def _next_tokens(
-        self, tokens: AsyncGenerator[tuple[int, ...], None], end_id: int, ticket: Ticket, reservation: Reservation
+        self, tokens: AsyncGenerator[tuple[int, ...], None], end_id: int, ticket: Ticket
     ) -> list[int] | None:
         """Return the next ids without the end id, or None at the end of the stream."""
         with ticket.stage(ticket.writing):
-            async with ticket.in_time(reservation):
+            async with ticket.in_time():
                 ids = await anext(tokens, None)
         now = time.monotonic()
         if ids is None:
@@ -520,13 +513,7 @@ class Pipeline:
         return said
 
     def finish(
-        self,
-        model: Model,
-        ticket: Ticket,
-        images: Sequence[Image],
-        clip: LoadedClip | None,
-        seen: Sight,
-        reservation: Reservation,
+        self, model: Model, ticket: Ticket, images: Sequence[Image], clip: LoadedClip | None, seen: Sight
     ) -> Finished:
         self.outcomes.answered(ticket, seen)
         return Finished(
@@ -543,7 +530,7 @@ class Pipeline:
             timing_ms=ticket.timing_ms(),
             confidence=confidence(model, ticket, seen),
             min_confidence=ticket.request.min_confidence,
-            served=reservation.served,
+            served=ticket.reservation.served,
             frames=tuple(
                 FrameSeen(frame.index, frame.time_s, relevance, frame.image_id)
                 for frame, relevance in zip(seen.frames, seen.relevance, strict=True)

@@ -94,7 +94,10 @@ class Batch:
         request = replace(request, is_hurried=request.is_hurried or self.is_hurried)
         while True:
             if (left_s := deadline - loop.time()) <= 0:
-                with self.pipeline.outcomes.of(request):  # counts and logs it
+                with (
+                    self.pipeline.reservation(request.tenant, self.caller.key, row=False, within=within) as reservation,
+                    self.pipeline.outcomes.of(request, reservation),  # counts and logs it
+                ):
                     raise DeadlineExceeded(
                         "the batch's time was over before this question was answered: try again",
                         param="timeout_s",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from service.admission.patience import NO_PATIENCE, Patience
+from service.admission.admission import Reservation
+from service.admission.patience import Patience
 from service.core.errors import (
     BATCH_WAIT,
     SHORT_DEADLINE,
@@ -49,13 +50,14 @@ class Outcomes:
         self.always_streams = always_streams
 
     @contextmanager
-    def of(self, request: Request, patience: Patience = NO_PATIENCE) -> Iterator[Ticket]:
+    def of(self, request: Request, reservation: Reservation) -> Iterator[Ticket]:
         """Open the request's ticket, and count and log its outcome when the block ends.
 
-        An unknown error becomes InternalError. If `patience` waits for a refusal, the question has not ended.
+        An unknown error becomes InternalError. If the reservation's patience waits for a refusal, the question has
+        not ended.
         """
         now = time.monotonic()
-        ticket = Ticket(request, arrived=now, deadline=now + request.timeout_s, always_streams=self.always_streams)
+        ticket = Ticket(request, reservation, now, now + request.timeout_s, self.always_streams)
         ticket.payer = self.metrics.costs.payer(request.tenant)
         if self.traces is not None:
             ticket.trace = self.traces.request(request.traceparent)
@@ -63,7 +65,7 @@ class Outcomes:
         try:
             yield ticket
         except GlimpseError as error:
-            ticket.outcome, fault = _outcome_of(error, patience), error
+            ticket.outcome, fault = _outcome_of(error, reservation.patience), error
             raise
         except Exception as error:
             ticket.outcome, fault = InternalError.code, error

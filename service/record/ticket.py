@@ -70,6 +70,7 @@ class Ticket:
     """The state of one request. Times are seconds of the monotonic clock."""
 
     request: Request
+    reservation: Reservation
     arrived: float
     deadline: float
     always_streams: bool = False  # the LLM sends tokens one by one, whatever the request says
@@ -142,12 +143,12 @@ class Ticket:
             return "generate"
         return "prefill" if self.first_token is None else "decode"
 
-    def in_time(self, reservation: Reservation) -> InTime:
+    def in_time(self) -> InTime:
         """Raise DeadlineExceeded if the block outlives the request's deadline, ShuttingDown if it outlives the service.
 
         Do not yield events inside the block.
         """
-        return InTime(self, reservation.until_end(self.left_s))
+        return InTime(self, self.reservation.until_end(self.left_s))
 
     def too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from service.admission.admission import Admission, Reservation
+from service.admission.admission import Admission
 from service.admission.scheduler import Kind, Resource
 from service.cache.features import FeatureCache
 from service.cache.keys import first_view
@@ -25,7 +25,7 @@ from service.vision_stage.pixels import Pixels
 from service.vision_stage.plan import Look
 from service.vision_stage.turns import turn
 
-FindFeatures = Callable[[Sequence[Look], Ticket, Reservation], Awaitable[None]]  # of all looks at the same time
+FindFeatures = Callable[[Sequence[Look], Ticket], Awaitable[None]]  # of all looks at the same time
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,7 +41,7 @@ class ClipStage:
     visual: VisualCache
     clips: ClipMemory
 
-    async def shown(self, clip: LoadedClip, find: FindFeatures, ticket: Ticket, reservation: Reservation) -> Shown:
+    async def shown(self, clip: LoadedClip, find: FindFeatures, ticket: Ticket) -> Shown:
         """Choose the frames that are looked at. Raises InvalidImage, TooLarge, Overloaded."""
         request, question = ticket.request, self.prompts.question(ticket.request.question)
         asked = self.prompts.frames(request)
@@ -51,10 +51,10 @@ class ClipStage:
             shown.reel = self.clips.reel(shown.film.file.digest, shown.film.most)
         compares = request.clip is not None and request.clip.sampling == "change"
         needed = shown.most if compares else most
-        shown.frames = found = await self._frames(shown, needed, ticket, reservation)
+        shown.frames = found = await self._frames(shown, needed, ticket)
         ticket.compared = len(found)
         if compares:
-            changes = await self._changes(shown, find, ticket, reservation)
+            changes = await self._changes(shown, find, ticket)
             shown.frames = tuple(found[place] for place in largest(changes, asked))
             fewer = tuple(found[place] for place in largest(changes, most))
         else:
@@ -103,7 +103,7 @@ class ClipStage:
         budgets = dict.fromkeys((self._asked(request), self._allowed(request)))
         return [clip_key(self.card, frames, request.question, budget) for budget in budgets]
 
-    async def _frames(self, shown: Shown, needed: int, ticket: Ticket, reservation: Reservation) -> tuple[Frame, ...]:
+    async def _frames(self, shown: Shown, needed: int, ticket: Ticket) -> tuple[Frame, ...]:
         """Name the clip's frames, of which so many are needed.
 
         A file is decoded if it is not known which frames it has. It is also decoded if it is not known which of them
@@ -116,17 +116,17 @@ class ClipStage:
         known = self.clips.frames(digest, film.most)
         if known is not None and (self.clips.has_compared(digest, film.most) or self._holds(some_of(known, needed))):
             return known
-        self.pixels.reserve_film(film, reservation)
-        claim = await turn(Resource.VISION, 1, Kind.MULTI_IMAGE, ticket, reservation)
+        self.pixels.reserve_film(film, ticket.reservation)
+        claim = await turn(Resource.VISION, 1, Kind.MULTI_IMAGE, ticket)
         known = self.clips.frames(digest, film.most)
         if known is None or not self.clips.has_compared(digest, film.most):  # by another request that waited too
-            clip = await self.pixels.of_film(film, claim, ticket, reservation)
+            clip = await self.pixels.of_film(film, claim, ticket)
             known = self.clips.frames(digest, film.most) or self.clips.keep(film.file, film.most, clip)
-        reservation.give_back(claim)
+        ticket.reservation.give_back(claim)
         return known
 
     async def _changes(
-        self, shown: Shown, find: FindFeatures, ticket: Ticket, reservation: Reservation
+        self, shown: Shown, find: FindFeatures, ticket: Ticket
     ) -> Sequence[Change]:
         """Find the frames that show something new, by the features of all."""
         key = changed_key(self.card.fingerprint, shown.frames)
@@ -134,7 +134,7 @@ class ClipStage:
             return known
         ticket.frames = len(shown.frames)
         shown.look(is_read=False)
-        await find(list(shown.looks.values()), ticket, reservation)
+        await find(list(shown.looks.values()), ticket)
         with ticket.stage("vision"):
             changes = await asyncio.to_thread(changes_of, shown.vision)
         return self.clips.keep_changes(key, changes)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from service.admission.admission import Admission, Reservation
+from service.admission.admission import Admission
 from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, Found
 from service.cache.keys import FeatureKey, Features, closer_view, first_view
@@ -84,7 +84,7 @@ class VisionStage:
     clip_stage: ClipStage
 
     async def look(
-        self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket, reservation: Reservation
+        self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket
     ) -> Sight:
         """Return the visual tokens of each image, and of the clip. The request then holds its LLM tokens.
 
@@ -92,8 +92,8 @@ class VisionStage:
         has not attended in vain. If a closer view turns out to be needed, the tokens are given back while that view is
         encoded. Raises InvalidImage, TooLarge, Overloaded.
         """
-        looks = await self._looks(images, ticket, reservation)
-        shown = None if clip is None else await self.clip_stage.shown(clip, self._find_all, ticket, reservation)
+        looks = await self._looks(images, ticket)
+        shown = None if clip is None else await self.clip_stage.shown(clip, self._find_all, ticket)
         every = [*looks.values(), *([] if shown is None else shown.looks.values())]
         for look in every:
             self._decide(look, ticket)
@@ -102,22 +102,22 @@ class VisionStage:
             for look in pending:
                 self._recall(look, ticket)
             pending = [look for look in pending if not look.is_done]
-            await together(self._find, pending, ticket, reservation)
+            await together(self._find, pending, ticket)
             if shown is not None:
                 shown.reel = None  # its pixels are needed no more, however long the LLM's queue is
             encoded = sum(look.encoded for look in looks.values()) + (0 if shown is None else shown.encoded)
             kind = Kind.of(encoded)
-            room = await turn(Resource.LLM, ticket.tokens, kind, ticket, reservation)
+            room = await turn(Resource.LLM, ticket.tokens, kind, ticket)
             if due := [look for look in pending if look.step == Attend()]:
-                await self._attend_all(due, room, ticket, reservation)
+                await self._attend_all(due, room, ticket)
             if shown is not None and shown.is_joined and shown.seen is None:
-                shown.seen = await self._attend_clip(shown, room, ticket, reservation)
+                shown.seen = await self._attend_clip(shown, room, ticket)
             for look in pending:  # also those that are done: a closer view may be allowed now
                 self._decide(look, ticket)
             pending = [look for look in pending if not look.is_done]
             if not pending:
                 break
-            reservation.give_back(room, finished=False)
+            ticket.reservation.give_back(room, finished=False)
         ticket.cache = "miss" if ticket.encoded else "hit"
         ticket.detail = "high" if any(look.detail == "high" for look in looks.values()) else "low"
         ticket.fit = next((look.viewport.fit for look in looks.values() if look.viewport is not None), "squash")
@@ -146,7 +146,7 @@ class VisionStage:
         of_frames = tuple(result(frame.digest, shown.looks[frame.digest]) for frame in shown.frames)
         return Sight(seen, shown.frames, of_frames)
 
-    async def _looks(self, images: Sequence[Image], ticket: Ticket, reservation: Reservation) -> dict[str, Look]:
+    async def _looks(self, images: Sequence[Image], ticket: Ticket) -> dict[str, Look]:
         """Make one look for each different image, by digest: an image that is given twice is looked at once.
 
         Raises InvalidImage, TooLarge, Overloaded.
@@ -157,10 +157,10 @@ class VisionStage:
             if image.digest not in looks:
                 require_page(image.data, image.page)
                 looks[image.digest] = look = Look(number, image, question)
-                await self._fit(look, ticket, reservation)
+                await self._fit(look, ticket)
         return looks
 
-    async def _fit(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
+    async def _fit(self, look: Look, ticket: Ticket) -> None:
         """Find what to see of the image. If its header has no size, the decoder refuses the image.
 
         Raises InvalidImage, TooLarge, Overloaded.
@@ -170,19 +170,19 @@ class VisionStage:
             return
         if reads_as_pdf(image.data):
             known = self.pixels.page_sizes.get(image.digest)
-            size = known or await self._measured(look, ticket, reservation)
+            size = known or await self._measured(look, ticket)
         else:
             size = upright_size(image.data, image.page)
         if size is not None:
             look.viewport, look.tiles = fitting(*size, fit, self.card.pad_colour)
 
-    async def _measured(self, look: Look, ticket: Ticket, reservation: Reservation) -> tuple[int, int] | None:
+    async def _measured(self, look: Look, ticket: Ticket) -> tuple[int, int] | None:
         """Open a PDF for the size of its page. Raises InvalidImage, TooLarge, Overloaded."""
-        self.pixels.reserve(look, reservation)
+        self.pixels.reserve(look, ticket.reservation)
         kind = Kind.of(len(ticket.request.images))
-        claim = await turn(Resource.VISION, 1, kind, ticket, reservation)
-        size = await self.pixels.measured(look, claim, ticket, reservation)
-        reservation.give_back(claim)
+        claim = await turn(Resource.VISION, 1, kind, ticket)
+        size = await self.pixels.measured(look, claim, ticket)
+        ticket.reservation.give_back(claim)
         return size
 
     def _decide(self, look: Look, ticket: Ticket) -> None:
@@ -256,12 +256,12 @@ class VisionStage:
         key = visual_key(self.card, look.digest, request.question, seen.budget, seen.detail)
         self.visual.keep(key, seen)
 
-    async def _find_all(self, looks: Sequence[Look], ticket: Ticket, reservation: Reservation) -> None:
+    async def _find_all(self, looks: Sequence[Look], ticket: Ticket) -> None:
         for look in looks:
             self._decide(look, ticket)
-        await together(self._find, looks, ticket, reservation)
+        await together(self._find, looks, ticket)
 
-    async def _find(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
+    async def _find(self, look: Look, ticket: Ticket) -> None:
         """Do all steps up to Attend or Done. Raises Overloaded."""
         while not isinstance(look.step, Attend | Done):
             match look.step:
@@ -272,47 +272,47 @@ class VisionStage:
                     find = self._find_closer if isinstance(step, EncodeCloser) else self._find_first
                     is_optional = look.overview is not None or (not isinstance(step, See) and step.is_optional)
                     try:
-                        await find(look, ticket, reservation)
+                        await find(look, ticket)
                     except (Overloaded, TooLarge):  # a tile, or a closer view, can take longer to draw than the whole
                         if not is_optional:
                             raise
                         look.fall_back()
             self._decide(look, ticket)
 
-    async def _find_first(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
+    async def _find_first(self, look: Look, ticket: Ticket) -> None:
         """Find or encode the features of the first view. If the step is See, a new image is attended to as well."""
         key = first_view(self.card.fingerprint, look.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):  # may wait for another request's encode
-                found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
+                found = await flight.enter_async_context(self._lookup(key, ticket))
                 ticket.tell(hit=found.features is not None, view=IMAGE_SIZE)
             look.vision = found.features
             if look.vision is not None:
                 self.pixels.remember(look, ticket.request)
                 return
-            async with self._encoding(look, IMAGE_SIZE, ticket, reservation) as (decoded, claim):
+            async with self._encoding(look, IMAGE_SIZE, ticket) as (decoded, claim):
                 timeout_s = max(ticket.left_s, ENCODE_TIMEOUT_S)
                 if look.step == See():
                     work = self._see(look, decoded, ticket.request, timeout_s)
                 else:
                     work = self._encode(decoded, timeout_s)
-                look.vision = await self._encoded(work, found, claim, reservation)
+                look.vision = await self._encoded(work, found, claim, ticket)
                 if look.seen is not None:
                     relevance, visual_tokens = look.seen.relevance, look.seen.visual_tokens
                     ticket.tell(vision_tokens=relevance.vision_tokens, visual_tokens=len(visual_tokens))
 
-    async def _find_closer(self, look: Look, ticket: Ticket, reservation: Reservation) -> None:
+    async def _find_closer(self, look: Look, ticket: Ticket) -> None:
         key = closer_view(self.card.fingerprint, look.digest)
         async with AsyncExitStack() as flight:
             with ticket.stage("vision"), ticket.stage("lookup"):
-                found = await flight.enter_async_context(self._lookup(key, ticket, reservation))
+                found = await flight.enter_async_context(self._lookup(key, ticket))
                 ticket.tell(hit=found.features is not None, view=CLOSER_SIZE)
             look.closer = found.features
             if look.closer is not None:
                 return
-            async with self._encoding(look, CLOSER_SIZE, ticket, reservation) as (decoded, claim):
+            async with self._encoding(look, CLOSER_SIZE, ticket) as (decoded, claim):
                 work = self._encode_closer(decoded, max(ticket.left_s, ENCODE_TIMEOUT_S))
-                look.closer = await self._encoded(work, found, claim, reservation)
+                look.closer = await self._encoded(work, found, claim, ticket)
 
     async def _see(self, look: Look, decoded: Decoded, request: Request, timeout_s: float) -> VisionFeatures:
         """Encode and attend in one call. Keep what the request sees."""
@@ -329,42 +329,42 @@ class VisionStage:
         return CloserFeatures.joined(await self.vision.encode(decoded.crops, timeout_s))
 
     async def _encoded(
-        self, work: Coroutine[Any, Any, Features], found: Found[Features], claim: Claim, reservation: Reservation
+        self, work: Coroutine[Any, Any, Features], found: Found[Features], claim: Claim, ticket: Ticket
     ) -> Features:
         """Run an encode. If its caller leaves, it goes on: it holds its vision slots, and its features are kept."""
         encode = asyncio.create_task(work)
         found.expect(encode)
-        return await to_its_end(encode, claim, reservation)
+        return await to_its_end(encode, claim, ticket.reservation)
 
     def _lookup(
-        self, key: FeatureKey[Features], ticket: Ticket, reservation: Reservation
+        self, key: FeatureKey[Features], ticket: Ticket
     ) -> AbstractAsyncContextManager[Found[Features]]:
         patient = ticket.request.priority is Priority.LOW
-        return self.features.find(key, ticket.left_s, patient=patient, waiting=reservation.waiting_for_others)
+        return self.features.find(key, ticket.left_s, patient=patient, waiting=ticket.reservation.waiting_for_others)
 
-    async def _attend_all(self, looks: Sequence[Look], room: Claim, ticket: Ticket, reservation: Reservation) -> None:
+    async def _attend_all(self, looks: Sequence[Look], room: Claim, ticket: Ticket) -> None:
         """Attend to all that is encoded.
 
         If the caller leaves, the calls go on and hold the request's tokens: Triton has them.
         """
-        work = asyncio.create_task(together(self._attend, looks, ticket, reservation))
+        work = asyncio.create_task(together(self._attend, looks, ticket))
         with ticket.stage("vision"), ticket.stage("attend"):
-            await to_its_end(work, room, reservation, finished=False)
+            await to_its_end(work, room, ticket.reservation, finished=False)
             seen = [result_of(look) for look in looks]
             ticket.tell(
                 vision_tokens=sum(each.relevance.vision_tokens for each in seen),
                 visual_tokens=sum(len(each.visual_tokens) for each in seen),
             )
 
-    async def _attend_clip(self, shown: Shown, room: Claim, ticket: Ticket, reservation: Reservation) -> SeenClip:
+    async def _attend_clip(self, shown: Shown, room: Claim, ticket: Ticket) -> SeenClip:
         """As `_attend_all`."""
         work = asyncio.create_task(self.clip_stage.attend(shown, ticket))
         with ticket.stage("vision"), ticket.stage("attend"):
-            seen = await to_its_end(work, room, reservation, finished=False)
+            seen = await to_its_end(work, room, ticket.reservation, finished=False)
             ticket.tell(vision_tokens=seen.vision_tokens, visual_tokens=len(seen.visual_tokens))
         return seen
 
-    async def _attend(self, look: Look, ticket: Ticket, _: Reservation) -> None:
+    async def _attend(self, look: Look, ticket: Ticket) -> None:
         """Attend to one look. Raises Overloaded if it has no earlier result."""
         assert look.vision is not None
         budget = self._allowed(look, ticket.request)
@@ -388,30 +388,30 @@ class VisionStage:
 
     @asynccontextmanager
     async def _encoding(
-        self, look: Look, view: int, ticket: Ticket, reservation: Reservation
+        self, look: Look, view: int, ticket: Ticket
     ) -> AsyncIterator[tuple[Decoded, Claim]]:
         """Wait for vision slots, then decode the image for this view. Hold the slots, a claim, for the block.
 
         Raises Overloaded.
         """
         images = CROPS if view == CLOSER_SIZE else 1
-        self.pixels.reserve(look, reservation)
+        self.pixels.reserve(look, ticket.reservation)
         slots = min(images, self.admission.vision_slots)
         kind = Kind.of(max(images, len(ticket.request.images) + ticket.frames))
-        claim = await turn(Resource.VISION, slots, kind, ticket, reservation)
+        claim = await turn(Resource.VISION, slots, kind, ticket)
         ticket.encoded += images
         ticket.encoded_frames += look.is_frame
         look.encoded = max(look.encoded, images)  # a page and its tile are one image
         try:
-            decoded = await self.pixels.decoded(look, view, claim, ticket, reservation)
+            decoded = await self.pixels.decoded(look, view, claim, ticket)
             self.pixels.remember(look, ticket.request)
             with ticket.stage("vision"), ticket.stage("see"):
                 ticket.tell(images=images)
                 yield decoded, claim
         except (Overloaded, TooLarge):  # the look may fall back and go on without the slots
-            reservation.give_back(claim, finished=False)
+            ticket.reservation.give_back(claim, finished=False)
             raise
-        reservation.give_back(claim)
+        ticket.reservation.give_back(claim)
 
 
 def result_of(look: Look) -> Seen:

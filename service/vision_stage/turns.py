@@ -18,13 +18,13 @@ from service.vision_stage.plan import Look
 Result = TypeVar("Result")
 
 
-async def turn(resource: Resource, amount: int, kind: Kind, ticket: Ticket, reservation: Reservation) -> Claim:
-    """Wait for capacity; the reservation holds it from now on. Raises Overloaded."""
+async def turn(resource: Resource, amount: int, kind: Kind, ticket: Ticket) -> Claim:
+    """Wait for capacity; the request's reservation holds it from now on. Raises Overloaded."""
     ticket.kind = kind
     request = ticket.request
     claim = Claim(resource, amount, kind, time.monotonic(), ticket.deadline, request.tenant, request.priority)
     with ticket.stage("queue"):
-        await reservation.enter(claim)
+        await ticket.reservation.enter(claim)
     return claim
 
 
@@ -53,16 +53,13 @@ def _given_back(give_back: Callable[[], None], work: asyncio.Future[Any]) -> Non
 
 
 async def together(
-    step: Callable[[Look, Ticket, Reservation], Coroutine[Any, Any, None]],
-    looks: Sequence[Look],
-    ticket: Ticket,
-    reservation: Reservation,
+    step: Callable[[Look, Ticket], Coroutine[Any, Any, None]], looks: Sequence[Look], ticket: Ticket
 ) -> None:
     """Do a step for all looks at the same time. The first failure cancels the other looks, and is raised."""
     if len(looks) <= 1:  # without tasks, which cost 0.1 ms
         for look in looks:
-            await step(look, ticket, reservation)
+            await step(look, ticket)
         return
     async with first_failure() as tasks:
         for look in looks:
-            tasks.create_task(step(look, ticket, reservation))
+            tasks.create_task(step(look, ticket))

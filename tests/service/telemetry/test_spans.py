@@ -15,8 +15,6 @@ from opentelemetry.trace import StatusCode
 from service.core.errors import InvalidRequest, Unavailable
 from service.core.request import Sampling
 from service.core.variant import Served
-from service.record.outcomes import Outcomes
-from service.telemetry.metrics import Metrics
 from service.telemetry.spans import Traces
 from tests.support.fakes import CARD, House, answered, cancelled, until
 from tests.support.fakes import asked as request
@@ -82,9 +80,9 @@ async def test_a_cancelled_question_has_no_reason_to_have_ended(recorded: Record
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_fallbacks_success_is_not_marked_as_failed(recorded: Recorded, streaming: bool) -> None:
+def test_a_fallbacks_success_is_not_marked_as_failed(recorded: Recorded, house: House, streaming: bool) -> None:
     asked = request(sampling=Sampling(streaming=streaming))
-    with Outcomes(Metrics(), recorded.traces).of(asked) as ticket:
+    with house.admission.reservation("") as reservation, house.pipeline.outcomes.of(asked, reservation) as ticket:
         ticket.begin(asked, Served("next", "tiny-next", ""))
         ticket.asked_model = "tiny-next"
         ticket.first_token, ticket.completion_tokens = 1.0, 7

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
-    ExitStack,
     aclosing,
     asynccontextmanager,
     contextmanager,
@@ -167,27 +166,17 @@ class Pipeline:
 
     async def answer(self, request: Request, reservation: Reservation) -> AsyncGenerator[Delta | Finished, None]:
         """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
-        with self.outcomes.of(request, reservation) as ticket, ExitStack() as admitted:
-            if request.sampling.guide is not None:
-                async with ticket.in_time():
-                    await self.guides.require(request.sampling.guide)
-            choices = admitted.enter_context(self.admit(ticket))
-            async with self.charged(ticket, choices) as use:
-                async with ticket.in_time():
-                    images, clip = await self.load(ticket)
-                use.images = len(images)
+        with self.outcomes.of(request, reservation) as ticket:
+            async with self.admit(ticket) as choices, self.charged(ticket, choices) as use:
+                images, clip = await self.load(ticket)
                 for attempt in Attempts(self.models, choices, ticket.image_ids[0], ticket, reservation, self.metrics):
                     with attempt:
                         model = attempt.model
                         seen = await self.look(model, images, clip, ticket, use)
-                        prompt = self.compose(model, ticket.request, images, seen)
-                        use.visual_tokens = len(prompt.visual_tokens)
-                        ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
-                        ticket.visual_tokens = len(prompt.visual_tokens)
+                        prompt = self.compose(model, images, seen, ticket, use)
                         async with aclosing(self.generate(model, prompt, ticket)) as deltas:
                             async for delta in deltas:
                                 attempt.sent = True
-                                ticket.answer.append(delta.text)
                                 yield delta
                         yield self.finish(model, ticket, images, clip, seen)
 
@@ -317,18 +306,21 @@ class Pipeline:
             reservation.reserve_bytes(nbytes)
             yield reservation
 
-    @contextmanager
-    def admit(self, ticket: Ticket) -> Iterator[Sequence[Choice]]:
+    @asynccontextmanager
+    async def admit(self, ticket: Ticket) -> AsyncIterator[Sequence[Choice]]:
         """Check the request before any work is done, and reserve its LLM tokens for the block.
 
         Gives the variants that can answer it.
 
         Raises InvalidRequest, Overloaded.
         """
-        reservation = ticket.reservation
+        request, reservation = ticket.request, ticket.reservation
+        if request.sampling.guide is not None:
+            async with ticket.in_time():
+                await self.guides.require(request.sampling.guide)
         with reservation.work():
-            choices = self.models.choices(ticket.request)
-            reservation.is_hurried = ticket.request.is_hurried
+            choices = self.models.choices(request)
+            reservation.is_hurried = request.is_hurried
             tokens = max(self.admission.row_tokens, *(choice.tokens for choice in choices))
             reservation.reserve(Cost(tokens=tokens))
             ticket.tokens = tokens
@@ -363,12 +355,13 @@ class Pipeline:
         """
         request, in_use = ticket.request, InUse(self.images, ticket.request.tenant, ticket.reservation.held)
         loaded, sources = [], places_of(request)
-        with ticket.stage("load"):
-            fetched = await self.fetch(sources, ticket.reservation)
-            for source, naming, _ in sources:
-                with naming():
-                    known = fetched[source] if isinstance(source, ImageUrl) else source
-                    loaded.append(await self.load_one(known, request.tenant, in_use))
+        async with ticket.in_time():
+            with ticket.stage("load"):
+                fetched = await self.fetch(sources, ticket.reservation)
+                for source, naming, _ in sources:
+                    with naming():
+                        known = fetched[source] if isinstance(source, ImageUrl) else source
+                        loaded.append(await self.load_one(known, request.tenant, in_use))
         ticket.image_ids = tuple(image.id for image in loaded)
         images, clip = divided(request, loaded)
         if clip is not None and clip.file is not None:
@@ -429,20 +422,24 @@ class Pipeline:
         use.images = len(images) + ticket.compared
         return seen
 
-    def compose(self, model: Model, request: Request, images: Sequence[Image], seen: Sight) -> Prompt:
-        card, question = model.card, request.question
+    def compose(self, model: Model, images: Sequence[Image], seen: Sight, ticket: Ticket, use: Use) -> Prompt:
+        """Make the prompt, and count its tokens."""
+        card, question = model.card, ticket.request.question
         visual = [
             (each.visual_tokens, embedding_key(card, image.digest, question, each))
             for image, each in zip(images, seen.images, strict=True)
         ]
         if seen.clip is not None:
-            key = clip_embedding_key(card, seen.frames, question, seen.clip)
-            return model.prompts.compose_request(request, visual, [(seen.clip.visual_tokens, key)])
-        frames = [
-            (each.visual_tokens, embedding_key(card, frame.digest, question, each))
-            for frame, each in zip(seen.frames, seen.of_frames, strict=True)
-        ]
-        return model.prompts.compose_request(request, visual, frames)
+            of_clip = [(seen.clip.visual_tokens, clip_embedding_key(card, seen.frames, question, seen.clip))]
+        else:
+            of_clip = [
+                (each.visual_tokens, embedding_key(card, frame.digest, question, each))
+                for frame, each in zip(seen.frames, seen.of_frames, strict=True)
+            ]
+        prompt = model.prompts.compose_request(ticket.request, visual, of_clip)
+        ticket.visual_tokens = use.visual_tokens = len(prompt.visual_tokens)
+        ticket.prompt_tokens = len(prompt.input_ids) - len(prompt.visual_tokens)
+        return prompt
 
     async def generate(self, model: Model, prompt: Prompt, ticket: Ticket) -> AsyncGenerator[Delta, None]:
         """Yield the answer's text as it becomes certain. Closing the generator early cancels the LLM's stream."""
@@ -478,6 +475,7 @@ class Pipeline:
                     ticket.log_prob += sum(each.value for each in (told[:taken] if detokeniser.stopped else told))
                     told.clear()
                 if text:
+                    ticket.answer.append(text)
                     yield Delta(text, tuple(certain))
                 if detokeniser.stopped:
                     guide, said = sampling.guide, "".join(ticket.answer)
@@ -487,6 +485,7 @@ class Pipeline:
                     ticket.finish_reason = "stop" if is_whole else "length"
                     return
         if text := detokeniser.finish():
+            ticket.answer.append(text)
             yield Delta(text, tuple(untold))
 
     async def _next_tokens(

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    aclosing,
-    asynccontextmanager,
-    contextmanager,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
-from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from service.admission.admission import Admission, Reservation, Size
 from service.admission.patience import NO_PATIENCE, Patience
 from service.admission.quota import Cost
-from service.admission.scheduler import Claim, Kind, Resource
 from service.cache.features import FeatureCache, SharedTier
 from service.cache.shared_images import SharedImages
 from service.cache.visual_tokens import VisualCache, clip_embedding_key, embedding_key
@@ -28,42 +19,31 @@ from service.core.access import Accounts, NoQuotas, Use
 from service.core.answer import Delta, Finished, FrameSeen, KeptImage, LogProb, TokenLogProb
 from service.core.card import ModelCard
 from service.core.confidence import Confidence, Signals
-from service.core.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    Unavailable,
-    naming_frame,
-    naming_image,
-    naming_video,
-)
+from service.core.errors import Unavailable
 from service.core.estimate import Estimate
 from service.core.models import Generation, LanguageModel, VisionModel
 from service.core.prompt import Prompt
-from service.core.request import ImageBytes, ImageId, ImageSource, ImageUrl, Request
+from service.core.request import Request
 from service.core.variant import Route
 from service.core.vision import Sight
-from service.images import Images, InUse
-from service.media.clip import DecodedClip
-from service.media.clip_header import FILMS, clip_format, require_clip
-from service.media.decoder import Decoded
+from service.images import Images
+from service.loading import Loader
 from service.media.fetch import ImageFetcher
-from service.media.foreign import Wanted
 from service.media.reader import ImageReader
 from service.media.store import Image, ImageStore, LoadedClip
 from service.record.outcomes import Outcomes
 from service.record.ticket import Ticket
 from service.settings import Settings
-from service.system.tasks import first_failure
 from service.telemetry.metrics import Metrics
 from service.text.guide_checks import GuideChecks
 from service.text.prompt import Detokeniser, PromptBuilder
+from service.uploads import Uploads
 from service.upstreams.attempts import Attempts
 from service.upstreams.models import Choice, Model, Models
-from service.vision_stage import Pixels, VisionStage, decoding_cost
+from service.vision_stage import Pixels, VisionStage
 from service.vision_stage.clip_stage import ClipStage
 from service.vision_stage.clips import ClipMemory
 from service.vision_stage.estimating import Estimator
-from service.vision_stage.plan import Film
 
 if TYPE_CHECKING:
     from service.telemetry.spans import Traces
@@ -89,7 +69,6 @@ class Pipeline:
         traces: Traces | None = None,
     ) -> None:
         """`models` may be empty until the service runs; `model` makes one. `fetcher`: None to refuse image URLs."""
-        self.fetcher = fetcher
         self.accounts = accounts or NoQuotas()
         self.admission = admission
         self.models = models
@@ -110,6 +89,8 @@ class Pipeline:
         self.visual = VisualCache(settings.visual_cache_bytes, metrics)
         self.clips = ClipMemory()
         self.pixels = Pixels(reader, self.images, self.clips)
+        self.loader = Loader(self.images, fetcher)
+        self.uploads = Uploads(self.images, self.pixels, models, settings, metrics)
         self.guides = GuideChecks()
 
     def model(
@@ -168,7 +149,7 @@ class Pipeline:
         """Admit, load, look, generate -> pieces of text, then one Finished. Raises GlimpseError only."""
         with self.outcomes.of(request, reservation) as ticket:
             async with self.admit(ticket) as choices, self.charged(ticket, choices) as use:
-                images, clip = await self.load(ticket)
+                images, clip = await self.loader.load(ticket)
                 for attempt in Attempts(self.models, choices, ticket.image_ids[0], ticket, reservation, self.metrics):
                     with attempt:
                         model = attempt.model
@@ -181,53 +162,8 @@ class Pipeline:
                         yield self.finish(model, ticket, images, clip, seen)
 
     async def keep_image(self, data: bytes, reservation: Reservation) -> KeptImage:
-        """Check and keep an image or a video, so that questions can name it by its id.
-
-        It waits for a vision slot, as a question's image does. It decodes as many frames of a video as a question looks
-        at by default. The frames' number and times are remembered, their pixels are not.
-
-        Raises InvalidImage, TooLarge, QuotaExceeded, Overloaded, DeadlineExceeded.
-        """
-        self.metrics.costs.payer(reservation.tenant)
-        self.images.require_room(len(data))
-        timeout_s, now = self.settings.default_timeout_s, time.monotonic()
-        claim = Claim(Resource.VISION, 1, Kind.SINGLE_IMAGE, now, now + timeout_s, reservation.tenant)
-        is_film = clip_format(data) in FILMS
-        try:
-            async with reservation.account.charged(Use(images=1)) as use:
-                with reservation.work():
-                    async with asyncio.timeout(timeout_s):
-                        check = self._check_film if is_film else self._check_image
-                        image, decoded = await check(data, claim, reservation, use)
-        except TimeoutError as exc:
-            raise DeadlineExceeded(
-                f"the {'video' if is_film else 'image'} was not decoded within {timeout_s:g} s: try again in a few "
-                "seconds"
-            ) from exc
-        image = await self.images.keep_for_all(image, reservation.tenant)
-        expires_at = time.time() + self.settings.image_ttl_s
-        pages = decoded.pages if isinstance(decoded, Decoded) else 1
-        return KeptImage(image.id, len(data), decoded.width, decoded.height, expires_at, pages)
-
-    async def _check_image(
-        self, data: bytes, claim: Claim, reservation: Reservation, use: Use
-    ) -> tuple[Image, Decoded]:
-        cost = decoding_cost(data, self.settings.max_image_pixels)
-        reservation.reserve(cost)
-        await reservation.enter(claim)
-        use.images = 1  # it is decoded now, which costs as much if it fails
-        decoded = await self.pixels.decoded_image(data, cost, claim, reservation)
-        return await self.images.identify(data, reservation.tenant), decoded
-
-    async def _check_film(
-        self, data: bytes, claim: Claim, reservation: Reservation, use: Use
-    ) -> tuple[Image, DecodedClip]:
-        image = await self.images.identify(data, reservation.tenant)
-        film = Film(image, min(self.card.frames, self.card.most_frames))
-        self.pixels.reserve_film(film, reservation)
-        await reservation.enter(claim)
-        use.images = 1
-        return image, await self.pixels.decoded_film(film, claim, reservation)
+        """As `Uploads.keep`."""
+        return await self.uploads.keep(data, reservation)
 
     async def estimate(self, request: Request, reservation: Reservation) -> Estimate:
         """Say what the request would cost and whether it would be admitted now. It decodes and reserves nothing.
@@ -236,18 +172,8 @@ class Pipeline:
         """
         if request.sampling.guide is not None:
             await self.guides.require(request.sampling.guide)
-        choice, loaded = self.models.choices(request)[0], []
-        in_use = InUse(self.images, request.tenant, reservation.held)
-        for source, naming, _ in places_of(request):
-            with naming():
-                if isinstance(source, ImageUrl):
-                    raise InvalidRequest(
-                        "image is a URL, and an estimate fetches none: send the bytes, or an id",
-                        param="image",
-                        code="url_not_supported",
-                    )
-                loaded.append(await self.load_one(source, request.tenant, in_use))
-        images, clip = divided(request, loaded)
+        choice = self.models.choices(request)[0]
+        images, clip = await self.loader.load_for_estimate(request, reservation)
         return choice.model.estimator.estimate(choice.request, images, clip, choice.tokens, reservation)
 
     def require_turns(self, open_requests: int, lag_s: float, nbytes: int | None) -> None:
@@ -347,65 +273,6 @@ class Pipeline:
                 yield use
             finally:
                 use.generated_tokens = ticket.completion_tokens
-
-    async def load(self, ticket: Ticket) -> tuple[list[Image], LoadedClip | None]:
-        """Return the bytes and digests of the images and of the clip. The reservation holds those in memory.
-
-        It decodes nothing, because a known image needs no pixels.
-        """
-        request, in_use = ticket.request, InUse(self.images, ticket.request.tenant, ticket.reservation.held)
-        loaded, sources = [], places_of(request)
-        async with ticket.in_time():
-            with ticket.stage("load"):
-                fetched = await self.fetch(sources, ticket.reservation)
-                for source, naming, _ in sources:
-                    with naming():
-                        known = fetched[source] if isinstance(source, ImageUrl) else source
-                        loaded.append(await self.load_one(known, request.tenant, in_use))
-        ticket.image_ids = tuple(image.id for image in loaded)
-        images, clip = divided(request, loaded)
-        if clip is not None and clip.file is not None:
-            require_clip(clip.file.data)
-        return images, clip
-
-    async def fetch(self, sources: Sequence[Place], reservation: Reservation) -> Mapping[ImageUrl, ImageBytes]:
-        """Fetch the images that are URLs, each once and all at the same time. The bytes count as a body's do.
-
-        Raises InvalidRequest, InvalidImage, TooLarge, Overloaded.
-        """
-        urls = {
-            source: (naming, wanted) for source, naming, wanted in reversed(sources) if isinstance(source, ImageUrl)
-        }
-        if not urls:
-            return {}
-        async with first_failure() as tasks:
-            fetches = {
-                url: tasks.create_task(self.fetch_one(url, naming, wanted, reservation))
-                for url, (naming, wanted) in urls.items()
-            }
-        return {url: fetch.result() for url, fetch in fetches.items()}
-
-    async def fetch_one(self, source: ImageUrl, naming: Naming, wanted: Wanted, reservation: Reservation) -> ImageBytes:
-        """Fetch a file. Raises InvalidRequest, InvalidImage, TooLarge, Overloaded."""
-        with naming():
-            if self.fetcher is None:
-                raise InvalidRequest(
-                    "image is a URL, and URLs are not fetched: send the bytes as base64, as a data: URL or as a form "
-                    "(curl -F image=@FILE), or send them once to POST /v1/images",
-                    param="image",
-                    code="url_not_supported",
-                )
-            return ImageBytes(
-                await self.fetcher.fetch(source.url, reservation.tenant, reservation.reserve_bytes, wanted)
-            )
-
-    async def load_one(self, source: ImageBytes | ImageId, tenant: str, in_use: InUse) -> Image:
-        """Return the bytes and digest of one image. Raises NotFound for an unknown id, and Overloaded, TooLarge."""
-        match source:
-            case ImageBytes(data):
-                return await self.images.identify(data, tenant)
-            case ImageId(image_id):
-                return await in_use.find(image_id)
 
     async def look(
         self, model: Model, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket, use: Use
@@ -536,33 +403,6 @@ class Pipeline:
             ),
             clip_id="" if clip is None or clip.file is None else clip.file.id,
         )
-
-
-Naming = Callable[[], AbstractContextManager[None]]  # says in an error which of the request's sources is at fault
-Place = tuple[ImageSource, Naming, Wanted]
-
-
-def places_of(request: Request) -> list[Place]:
-    """Return all that a request shows: its images, then its clip's file or frames."""
-    of = len(request.images)
-    places: list[Place] = [
-        (source, partial(naming_image, index, of), "image") for index, source in enumerate(request.images)
-    ]
-    if request.clip is None:
-        return places
-    if not isinstance(request.clip.source, tuple):
-        return [*places, (request.clip.source, naming_video, "video")]
-    frames, of = request.clip.source, len(request.clip.source)
-    return [*places, *((source, partial(naming_frame, index, of), "image") for index, source in enumerate(frames))]
-
-
-def divided(request: Request, loaded: Sequence[Image]) -> tuple[list[Image], LoadedClip | None]:
-    """Divide what was loaded from `places_of` into the images and the clip."""
-    of = len(request.images)
-    images, shown = [image.at(request.page) for image in loaded[:of]], tuple(loaded[of:])
-    if request.clip is None:
-        return images, None
-    return images, LoadedClip(None, shown) if isinstance(request.clip.source, tuple) else LoadedClip(shown[0])
 
 
 def confidence(model: Model, ticket: Ticket, seen: Sight) -> Confidence | None:

@@ -69,13 +69,12 @@ class Estimator:
             new |= {image.id: image for image in clip.sent}
         cost = Cost(0, pixels, max(tokens, self.admission.row_tokens))
         refusal = reservation.refusal_of(cost, self._claims(request, len(new), cost))
-        visual = self._visual_tokens(budget, len(images), frames)
-        vision = self._vision_tokens(budget, len(images), frames)
+        budgets = self._budgets(budget, len(images), frames)
         return Estimate(
             prompt_tokens=tokens - self.prompts.visual_tokens(request) - request.sampling.max_tokens,
             max_tokens=request.sampling.max_tokens,
-            vision_tokens=vision,
-            visual_tokens=visual,
+            vision_tokens=_total([each.vision_tokens for each in budgets]),
+            visual_tokens=_total([each.visual_tokens for each in budgets]),
             reduced=budget != request.budget or frames < asked,
             images=tuple(described),
             clip=shown,
@@ -128,18 +127,11 @@ class Estimator:
             for frame in given_frames(clip, most)
         )
 
-    def _vision_tokens(self, budget: Budget, images: int, frames: int) -> tuple[int, int]:
-        least, most = budget.vision_tokens
+    def _budgets(self, budget: Budget, images: int, frames: int) -> list[Budget]:
+        """Return the budget of each image, and of each frame or of the whole clip."""
         if self.card.clip is None or not frames:
-            return (images + frames) * least, (images + frames) * most
-        low, high = self.card.clip.budget(budget).vision_tokens
-        return images * least + low, images * most + high
-
-    def _visual_tokens(self, budget: Budget, images: int, frames: int) -> tuple[int, int]:
-        least, most = budget.visual_tokens
-        if self.card.clip is None or not frames:
-            return (images + frames) * least, (images + frames) * most
-        return images * least + self.card.clip.visual_tokens, images * most + self.card.clip.visual_tokens
+            return [budget] * (images + frames)
+        return [*[budget] * images, self.card.clip.budget(budget)]
 
     def _claims(self, request: Request, new: int, cost: Cost) -> list[Claim]:
         """Return the claims that the request would make, without making them."""
@@ -150,3 +142,8 @@ class Estimator:
             Claim(resource, amount, kind, now, now + request.timeout_s, request.tenant, request.priority)
             for resource, amount in amounts.items()
         ]
+
+
+def _total(ranges: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Add up the least and the most."""
+    return sum(least for least, _ in ranges), sum(most for _, most in ranges)

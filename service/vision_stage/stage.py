@@ -11,9 +11,10 @@ Triton's dynamic batching joins the calls.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +65,8 @@ from service.vision_stage.plan import (
     tile_of,
 )
 from service.vision_stage.turns import to_its_end, together, turn
+
+Work = Callable[[Decoded, float], Coroutine[Any, Any, Features]]  # encodes one view within so many seconds
 
 # An encode that was sent may take this long, even if its caller has less time left: Triton does the work anyway, and
 # the next question about the image needs it.
@@ -282,39 +285,36 @@ class VisionStage:
     async def _find_first(self, look: Look, ticket: Ticket) -> None:
         """Find or encode the features of the first view. If the step is See, a new image is attended to as well."""
         key = first_view(self.card.fingerprint, look.digest)
-        async with AsyncExitStack() as flight:
-            with ticket.stage("vision"), ticket.stage("lookup"):  # may wait for another request's encode
-                found = await flight.enter_async_context(self._lookup(key, ticket))
-                ticket.tell(hit=found.features is not None, view=IMAGE_SIZE)
-            look.vision = found.features
-            if look.vision is not None:
-                self.pixels.remember(look, ticket.request)
-                return
-            async with self._encoding(look, IMAGE_SIZE, ticket) as (decoded, claim):
-                timeout_s = max(ticket.left_s, ENCODE_TIMEOUT_S)
-                if look.step == See():
-                    work = self._see(look, decoded, ticket.request, timeout_s)
-                else:
-                    work = self._encode(decoded, timeout_s)
-                look.vision = await self._encoded(work, found, claim, ticket)
-                if look.seen is not None:
-                    relevance, visual_tokens = look.seen.relevance, look.seen.visual_tokens
-                    ticket.tell(vision_tokens=relevance.vision_tokens, visual_tokens=len(visual_tokens))
+        work: Work[VisionFeatures] = partial(self._see, look, ticket.request) if look.step == See() else self._encode
+        look.vision = await self._find_view(look, key, work, ticket)
 
     async def _find_closer(self, look: Look, ticket: Ticket) -> None:
         key = closer_view(self.card.fingerprint, look.digest)
-        async with AsyncExitStack() as flight:
-            with ticket.stage("vision"), ticket.stage("lookup"):
-                found = await flight.enter_async_context(self._lookup(key, ticket))
-                ticket.tell(hit=found.features is not None, view=CLOSER_SIZE)
-            look.closer = found.features
-            if look.closer is not None:
-                return
-            async with self._encoding(look, CLOSER_SIZE, ticket) as (decoded, claim):
-                work = self._encode_closer(decoded, max(ticket.left_s, ENCODE_TIMEOUT_S))
-                look.closer = await self._encoded(work, found, claim, ticket)
+        look.closer = await self._find_view(look, key, self._encode_closer, ticket)
 
-    async def _see(self, look: Look, decoded: Decoded, request: Request, timeout_s: float) -> VisionFeatures:
+    async def _find_view(self, look: Look, key: FeatureKey[Features], work: Work[Features], ticket: Ticket) -> Features:
+        """Find the features of one view, or encode it. If the caller leaves, the encode goes on.
+
+        It then holds its vision slots, and its features are kept.
+        """
+        async with AsyncExitStack() as flight:
+            with ticket.stage("vision"), ticket.stage("lookup"):  # may wait for another request's encode
+                found = await flight.enter_async_context(self._lookup(key, ticket))
+                ticket.tell(hit=found.features is not None, view=key.view)
+            if found.features is not None:
+                if key.view == IMAGE_SIZE:
+                    self.pixels.remember(look, ticket.request)
+                return found.features
+            async with self._encoding(look, key.view, ticket) as (decoded, claim):
+                encode = asyncio.create_task(work(decoded, max(ticket.left_s, ENCODE_TIMEOUT_S)))
+                found.expect(encode)
+                features = await to_its_end(encode, claim, ticket.reservation)
+                if look.seen is not None:
+                    relevance, visual_tokens = look.seen.relevance, look.seen.visual_tokens
+                    ticket.tell(vision_tokens=relevance.vision_tokens, visual_tokens=len(visual_tokens))
+            return features
+
+    async def _see(self, look: Look, request: Request, decoded: Decoded, timeout_s: float) -> VisionFeatures:
         """Encode and attend in one call. Keep what the request sees."""
         vision, seen = await self.vision.see(decoded.pixels, look.question, self._allowed(look, request), timeout_s)
         look.vision = vision
@@ -327,14 +327,6 @@ class VisionStage:
 
     async def _encode_closer(self, decoded: Decoded, timeout_s: float) -> CloserFeatures:
         return CloserFeatures.joined(await self.vision.encode(decoded.crops, timeout_s))
-
-    async def _encoded(
-        self, work: Coroutine[Any, Any, Features], found: Found[Features], claim: Claim, ticket: Ticket
-    ) -> Features:
-        """Run an encode. If its caller leaves, it goes on: it holds its vision slots, and its features are kept."""
-        encode = asyncio.create_task(work)
-        found.expect(encode)
-        return await to_its_end(encode, claim, ticket.reservation)
 
     def _lookup(
         self, key: FeatureKey[Features], ticket: Ticket

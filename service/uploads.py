@@ -69,7 +69,7 @@ class Uploads:
         reservation.reserve(cost)
         await reservation.enter(claim)
         use.images = 1  # it is decoded now, which costs as much if it fails
-        decoded = await self.pixels.decoded_image(data, cost, claim, reservation)
+        decoded = await self.pixels.decode_upload(data, cost, claim, reservation)
         return await self.images.identify(data, reservation.tenant), decoded
 
     async def _check_film(
@@ -80,4 +80,4 @@ class Uploads:
         self.pixels.reserve_film(film, reservation)
         await reservation.enter(claim)
         use.images = 1
-        return image, await self.pixels.decoded_film(film, claim, reservation)
+        return image, await self.pixels.decode_film(film, claim, reservation)

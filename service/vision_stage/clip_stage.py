@@ -120,7 +120,7 @@ class ClipStage:
         claim = await turn(Resource.VISION, 1, Kind.MULTI_IMAGE, ticket)
         known = self.clips.frames(digest, film.most)
         if known is None or not self.clips.has_compared(digest, film.most):  # by another request that waited too
-            clip = await self.pixels.of_film(film, claim, ticket)
+            clip = await self.pixels.decode_clip(film, claim, ticket)
             known = self.clips.frames(digest, film.most) or self.clips.keep(film.file, film.most, clip)
         ticket.reservation.give_back(claim)
         return known

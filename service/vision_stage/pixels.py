@@ -54,10 +54,10 @@ class Pixels:
             reservation.reserve(Cost(pixels=pixels))
             film.pixels = pixels
 
-    async def decoded(self, look: Look, view: int, claim: Claim, ticket: Ticket) -> Decoded:
+    async def decode_look(self, look: Look, view: int, claim: Claim, ticket: Ticket) -> Decoded:
         """Decode the image for this view. The claim is of vision slots. Raises InvalidImage, TooLarge, Unavailable."""
         if look.film is not None:
-            clip = await self.of_film(look.film, claim, ticket)
+            clip = await self.decode_clip(look.film, claim, ticket)
             pixels = next(frame.pixels for frame in clip.frames if frame.index == look.number)
             return Decoded({IMAGE_SIZE: pixels}, clip.width, clip.height)
         if (decoded := look.decoded) is not None:
@@ -65,31 +65,31 @@ class Pixels:
         both = view == IMAGE_SIZE and look.detail == "high"
         with ticket.stage("load"), ticket.stage("decode_image"), naming(look, ticket.request):
             views = (IMAGE_SIZE, CLOSER_SIZE) if both else (view,)
-            decoded = await self._decoded(look, views, claim, ticket)
+            decoded = await self._decode_page(look, views, claim, ticket)
         look.decoded = decoded if both else None
         return decoded
 
-    async def measured(self, look: Look, claim: Claim, ticket: Ticket) -> tuple[int, int]:
+    async def measure(self, look: Look, claim: Claim, ticket: Ticket) -> tuple[int, int]:
         """Let the renderer read the size of a PDF's page. Remember it. Raises InvalidImage, TooLarge, Unavailable."""
         with ticket.stage("load"), ticket.stage("decode_image"), naming(look, ticket.request):
-            page = await self._decoded(look, (), claim, ticket)
+            page = await self._decode_page(look, (), claim, ticket)
         self.page_sizes.keep(look.image.digest, (page.width, page.height))
         return page.width, page.height
 
-    async def _decoded(self, look: Look, views: Sequence[int], claim: Claim, ticket: Ticket) -> Decoded:
+    async def _decode_page(self, look: Look, views: Sequence[int], claim: Claim, ticket: Ticket) -> Decoded:
         work = await self.reader.begin_decode(look.image.data, views, look.viewport, look.image.page)
         return await to_its_end(work, claim, ticket.reservation, Cost(pixels=look.pixels), finished=False)
 
-    async def decoded_image(self, data: bytes, cost: Cost, claim: Claim, reservation: Reservation) -> Decoded:
+    async def decode_upload(self, data: bytes, cost: Cost, claim: Claim, reservation: Reservation) -> Decoded:
         """Decode an image that is no look's. `cost` is reserved. Raises InvalidImage, TooLarge, Unavailable."""
         return await to_its_end(await self.reader.begin_decode(data), claim, reservation, cost, finished=False)
 
-    async def of_film(self, film: Film, claim: Claim, ticket: Ticket) -> DecodedClip:
+    async def decode_clip(self, film: Film, claim: Claim, ticket: Ticket) -> DecodedClip:
         """The same for a clip's file."""
         with ticket.stage("load"), ticket.stage("decode_clip"):
-            return await self.decoded_film(film, claim, ticket.reservation)
+            return await self.decode_film(film, claim, ticket.reservation)
 
-    async def decoded_film(self, film: Film, claim: Claim, reservation: Reservation) -> DecodedClip:
+    async def decode_film(self, film: Film, claim: Claim, reservation: Reservation) -> DecodedClip:
         """Decode a clip's file, once for all requests that need it at this moment. Remember its frames.
 
         If the request that began it leaves, it goes on with that request's claim and pixels. Raises InvalidImage,

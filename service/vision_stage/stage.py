@@ -173,18 +173,18 @@ class VisionStage:
             return
         if reads_as_pdf(image.data):
             known = self.pixels.page_sizes.get(image.digest)
-            size = known or await self._measured(look, ticket)
+            size = known or await self._measure(look, ticket)
         else:
             size = upright_size(image.data, image.page)
         if size is not None:
             look.viewport, look.tiles = fitting(*size, fit, self.card.pad_colour)
 
-    async def _measured(self, look: Look, ticket: Ticket) -> tuple[int, int] | None:
+    async def _measure(self, look: Look, ticket: Ticket) -> tuple[int, int] | None:
         """Open a PDF for the size of its page. Raises InvalidImage, TooLarge, Overloaded."""
         self.pixels.reserve(look, ticket.reservation)
         kind = Kind.of(len(ticket.request.images))
         claim = await turn(Resource.VISION, 1, kind, ticket)
-        size = await self.pixels.measured(look, claim, ticket)
+        size = await self.pixels.measure(look, claim, ticket)
         ticket.reservation.give_back(claim)
         return size
 
@@ -395,7 +395,7 @@ class VisionStage:
         ticket.encoded_frames += look.is_frame
         look.encoded = max(look.encoded, images)  # a page and its tile are one image
         try:
-            decoded = await self.pixels.decoded(look, view, claim, ticket)
+            decoded = await self.pixels.decode_look(look, view, claim, ticket)
             self.pixels.remember(look, ticket.request)
             with ticket.stage("vision"), ticket.stage("see"):
                 ticket.tell(images=images)

@@ -12,6 +12,7 @@ from typing import Self
 
 from blake3 import blake3
 
+from service.core.latest import Latest
 from service.media.header import header_size
 from service.settings import IMAGE_ENTRY_BYTES
 
@@ -156,8 +157,8 @@ class ImageStore:
         self._bytes = _BytesByTenant()
         self._held: dict[str, int] = {}  # bytes by tenant; no zeros
         self._sent: OrderedDict[str, float] = OrderedDict()  # when it expires; the oldest put first
-        self._deleted: OrderedDict[str, None] = OrderedDict()
-        self._names: OrderedDict[bytes, bytes] = OrderedDict()  # ids' bits by `_content`, 16 bytes each
+        self._deleted: Latest[str, None] = Latest(MOST_DELETED)
+        self._names: Latest[bytes, bytes] = Latest(MOST_NAMES)  # ids' bits by `_content`, 16 bytes each
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -168,10 +169,7 @@ class ImageStore:
         bits = self._names.get(content)
         if bits is None or self.is_deleted(address_of(tenant, _id(bits))):
             bits = secrets.token_bytes(16)
-        self._names[content] = bits
-        self._names.move_to_end(content)
-        if len(self._names) > MOST_NAMES:
-            self._names.popitem(last=False)
+        self._names.keep(content, bits)
         return _id(bits)
 
     def has_room(self, nbytes: int) -> bool:
@@ -218,14 +216,11 @@ class ImageStore:
 
     def forget(self, address: str) -> bool:
         """Delete an image: its id leads nowhere from now on. Returns whether it was there."""
-        self._deleted[address] = None
-        self._deleted.move_to_end(address)
-        if len(self._deleted) > MOST_DELETED:
-            self._deleted.popitem(last=False)
+        self._deleted.keep(address, None)
         kept = self._kept.get(address)
         if kept is None:
             return False
-        self._names.pop(_content(kept.tenant, kept.image.digest), None)
+        self._names.forget(_content(kept.tenant, kept.image.digest))
         self._drop(address)
         return True
 

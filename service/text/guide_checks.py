@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 from service.core.errors import InvalidRequest
 from service.core.guide import Guide
+from service.core.latest import Latest
 from service.text.guides import Guides
 
 
@@ -19,19 +19,16 @@ class GuideChecks:
     """
 
     def __init__(self, kept: int = 256) -> None:
-        self._most = kept
-        self._faults: OrderedDict[Guide, str] = OrderedDict()  # empty for a guide that can be followed
+        self._faults: Latest[Guide, str] = Latest(kept)  # empty for a guide that can be followed
         self._thread = ThreadPoolExecutor(1, "guides")  # it starts with the first check
         self._guides: Guides | None = None
 
     async def require(self, guide: Guide) -> None:
         """Raise InvalidRequest for a guide that no answer can follow."""
-        if guide not in self._faults:
-            self._faults[guide] = await asyncio.get_running_loop().run_in_executor(self._thread, self._fault, guide)
-        self._faults.move_to_end(guide)
-        fault = self._faults[guide]
-        while len(self._faults) > self._most:
-            self._faults.popitem(last=False)
+        fault = self._faults.get(guide)
+        if fault is None:
+            fault = await asyncio.get_running_loop().run_in_executor(self._thread, self._fault, guide)
+            self._faults.keep(guide, fault)
         if fault:
             raise InvalidRequest(f"{guide.field} {fault}", param=guide.field)
 

@@ -15,15 +15,16 @@ from weakref import WeakValueDictionary
 from blake3 import blake3
 
 from service.core.frames import MAX_FRAMES
+from service.core.latest import Latest
 from service.core.prompt import Question
 from service.core.request import Request
 from service.core.vision import Frame, SeenClip, VisionFeatures
 from service.media.clip import DecodedClip, DecodedFrame, choosable, spaced
 from service.media.store import Image, LoadedClip
 from service.vision_stage.changes import Change
-from service.vision_stage.latest import Latest
 from service.vision_stage.plan import Film, Look
 
+MOST_KNOWN = 4096  # files, or pages of documents, of which something is remembered
 Decode = Callable[[], Awaitable[DecodedClip]]
 
 
@@ -77,9 +78,9 @@ class ClipMemory:
     """
 
     def __init__(self) -> None:
-        self._frames: Latest[tuple[str, int], tuple[Frame, ...]] = Latest()  # by digest and most, of those decoded
-        self._timelines: Latest[str, Timeline] = Latest()  # by digest
-        self._changes: Latest[bytes, tuple[Change, ...]] = Latest()
+        self._frames: Latest[tuple[str, int], tuple[Frame, ...]] = Latest(MOST_KNOWN)  # by digest and most; decoded
+        self._timelines: Latest[str, Timeline] = Latest(MOST_KNOWN)  # by digest
+        self._changes: Latest[bytes, tuple[Change, ...]] = Latest(MOST_KNOWN)
         self._reels: WeakValueDictionary[tuple[str, int], Reel] = WeakValueDictionary()
 
     def reel(self, digest: str, most: int) -> Reel:

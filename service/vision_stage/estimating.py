@@ -14,6 +14,7 @@ from service.cache.keys import first_view
 from service.core.card import ModelCard
 from service.core.errors import InvalidImage, naming_frame, naming_image
 from service.core.estimate import Amounts, Estimate, EstimatedClip, EstimatedImage, NotAdmitted
+from service.core.latest import Latest
 from service.core.request import Budget, Request
 from service.core.viewport import fitting, viewed
 from service.core.vision import Frame
@@ -27,7 +28,6 @@ from service.media.store import Image, LoadedClip
 from service.text.prompt import PromptBuilder
 from service.vision_stage import decoding_cost
 from service.vision_stage.clips import ClipMemory, given_frames, most_found
-from service.vision_stage.page_sizes import PageSizes
 
 
 @dataclass(kw_only=True, eq=False)
@@ -40,7 +40,7 @@ class Estimator:
     features: FeatureCache
     clips: ClipMemory
     limits: ImageLimits
-    page_sizes: PageSizes
+    page_sizes: Latest[str, tuple[int, int]]
 
     def estimate(
         self,

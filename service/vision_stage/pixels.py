@@ -11,6 +11,7 @@ from service.admission.admission import Reservation
 from service.admission.quota import Cost
 from service.admission.scheduler import Claim
 from service.core.errors import GlimpseError, naming_frame, naming_image
+from service.core.latest import Latest
 from service.core.request import ImageId, Request
 from service.core.vision import CLOSER_SIZE, IMAGE_SIZE
 from service.images import Images
@@ -21,8 +22,7 @@ from service.media.header import header_size
 from service.media.reader import ImageReader
 from service.media.store import Image
 from service.record.ticket import Ticket
-from service.vision_stage.clips import ClipMemory, Shown
-from service.vision_stage.page_sizes import PageSizes
+from service.vision_stage.clips import MOST_KNOWN, ClipMemory, Shown
 from service.vision_stage.plan import Film, Look
 from service.vision_stage.turns import to_its_end
 
@@ -34,7 +34,8 @@ class Pixels:
 
     def __init__(self, reader: ImageReader, images: Images, clips: ClipMemory) -> None:
         self.reader = reader
-        self.page_sizes = PageSizes()
+        # Of PDFs, by digest: only their renderer knows, and a page that is cached is not rendered.
+        self.page_sizes: Latest[str, tuple[int, int]] = Latest(MOST_KNOWN)
         self._images = images
         self._clips = clips
 

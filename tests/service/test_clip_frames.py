@@ -19,8 +19,7 @@ from service.vision_stage.changes import (
     directions,
     largest,
 )
-from service.vision_stage.clips import ClipMemory, changed_key, frames_of, given_frames
-from service.vision_stage.latest import MOST_KNOWN
+from service.vision_stage.clips import MOST_KNOWN, ClipMemory, changed_key, frames_of, given_frames
 
 FILE = Image.of(b"a file")
 

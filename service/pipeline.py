@@ -176,12 +176,12 @@ class Pipeline:
         images, clip = await self.loader.load_for_estimate(request, reservation)
         return choice.model.estimator.estimate(choice.request, images, clip, choice.tokens, reservation)
 
-    def require_turns(self, open_requests: int, lag_s: float, nbytes: int | None) -> None:
+    def refuse_early(self, open_requests: int, lag_s: float, nbytes: int | None) -> None:
         """Raises Overloaded if the event loop, which is late by `lag_s`, cannot take one more request.
 
         `nbytes` are declared for its body; None if none are.
         """
-        self.admission.require_turns(open_requests, lag_s, Size.of(nbytes))
+        self.admission.refuse_early(open_requests, lag_s, Size.of(nbytes))
 
     @property
     def batch_turns(self) -> int:

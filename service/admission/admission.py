@@ -90,14 +90,14 @@ class Admission:
         self.contention = Contention(settings.fidelity_target_s, now)
         self.limit = limit = ConcurrencyLimit(vision_slots + engines.llm_rows, self.contention)
         self.scheduler = scheduler = scheduling(vision_slots, self.llm_tokens, limit=limit)
-        self.controller = Fidelity(settings.fidelity_target_s if settings.elastic_fidelity else math.inf, now)
+        self.fidelity = Fidelity(settings.fidelity_target_s if settings.elastic_fidelity else math.inf, now)
         self._observed_at = -math.inf
         self._later: asyncio.TimerHandle | None = None  # of the next look for the longest wait
         self._strain = "calm"  # kind of the last longest wait: "waiting" in a queue, or "late" by contention
         self._metrics = metrics
         self._grants: dict[Claim, asyncio.Future[None]] = {}  # of the claims that wait
         self._open: set[Reservation] = set()
-        self.ended = False
+        self.is_ending = False
         # When a request of that size was read, and refused because its grant would have come too late; and when those
         # refusals would be over, if each took READ_REFUSAL_S.
         self._refused_at = dict.fromkeys(Size, -math.inf)
@@ -110,11 +110,10 @@ class Admission:
         for unit in Cost._fields:
             metrics.admitted_cost.labels(unit).set_function(partial(quota.holds, unit))
         metrics.concurrency_limit.set_function(lambda: limit.width)
-        metrics.fidelity_level.set_function(lambda: LEVELS.index(self.fidelity))
+        metrics.fidelity_level.set_function(lambda: LEVELS.index(self.level_now()))
 
-    @property
-    def fidelity(self) -> Level:
-        """Return the level in force: the most tokens that a request may get now."""
+    def level_now(self) -> Level:
+        """Bring the level of fidelity up to date -> the level: the most tokens that a request may get now."""
         return LEVELS[self._observe(time.monotonic())]
 
     @contextmanager
@@ -123,7 +122,7 @@ class Admission:
     ) -> Iterator[Reservation]:
         """Open a reservation, which holds nothing yet. When the block ends, it gives everything back.
 
-        `size` is what `require_turns` was told; None for what did not come through a door. `within` is that of the
+        `size` is what `refuse_early` was told; None for what did not come through a door. `within` is that of the
         batch, or of the message, that this one is a part of.
         """
         reservation = Reservation(self, tenant, size, within)
@@ -140,7 +139,7 @@ class Admission:
         """Return whether there are requests."""
         return bool(self._open)
 
-    def require_turns(self, open_requests: int, lag_s: float, size: Size) -> None:
+    def refuse_early(self, open_requests: int, lag_s: float, size: Size) -> None:
         """Check that one more request is worth reading. Raises Overloaded.
 
         A refusal after the body was read and parsed takes as much of the loop as an answer. If many callers are refused
@@ -169,9 +168,9 @@ class Admission:
     def end(self) -> None:
         """End the requests that still run, wherever they wait: see `Reservation.until_end`."""
         self.stop()
-        self.ended = True
+        self.is_ending = True
         for reservation in self._open:
-            reservation.end()
+            reservation.interrupt()
 
     def refuse(self, refusal: Refusal, reservation: Reservation | None = None) -> Overloaded:
         """Count a refusal -> its error. `reservation` is that of the refused request, if it has one."""
@@ -228,7 +227,7 @@ class Admission:
         Finding the longest wait goes through all requests. So it is done once in OBSERVE_S, and at the end of a time in
         which it was asked for again: the controller takes it that nothing changed since.
         """
-        before = self.controller.level
+        before = self.fidelity.level
         if now < self._observed_at + OBSERVE_S:
             if self._later is None:
                 self._later = asyncio.get_running_loop().call_later(OBSERVE_S, self._observe_later)
@@ -236,7 +235,7 @@ class Admission:
         self._observed_at = now
         since = {"waiting": self.scheduler.waiting_since(now), "late": self.contention.waiting_since(now)}
         waits = {strain: began for strain, began in since.items() if began is not None}
-        level = self.controller.observe(now, min(waits.values(), default=None))
+        level = self.fidelity.observe(now, min(waits.values(), default=None))
         if level != before:
             self._metrics.fidelity_changes.inc()
             most = LEVELS[level]
@@ -280,7 +279,7 @@ class Reservation:
         self.served: Served | None = None  # which variant answers; None until one was chosen
         self.patience = NO_PATIENCE
         self.is_hurried = False  # see Request
-        self._ends: list[asyncio.Timeout] = []  # of the blocks that `end` can leave, the innermost last
+        self._ends: list[asyncio.Timeout] = []  # of the blocks that `interrupt` can leave, the innermost last
 
     def until_end(self, timeout_s: float | None = None) -> UntilEnd:
         """End the block when the service ends its requests.
@@ -290,7 +289,8 @@ class Reservation:
         """
         return UntilEnd(self._admission, self._ends, timeout_s)
 
-    def end(self) -> None:
+    def interrupt(self) -> None:
+        """End the innermost block of `until_end`."""
         if self._ends and not self._ends[-1].expired():  # one whose own time is over ends anyway
             self._ends[-1].reschedule(asyncio.get_running_loop().time())
 
@@ -348,9 +348,9 @@ class Reservation:
         try:
             yield
         except BaseException:
-            self._end(answered=False, keep=before)
+            self._give_back_all(answered=False, keep=before)
             raise
-        self._end(answered=True, keep=before)
+        self._give_back_all(answered=True, keep=before)
 
     async def enter(self, claim: Claim) -> None:
         """Wait for the grant, and hold it until `give_back` or until the `work` around it ends.
@@ -376,9 +376,9 @@ class Reservation:
         self._admission.schedule(now)
 
     @property
-    def has_ended(self) -> bool:
+    def service_is_ending(self) -> bool:
         """Return whether the service ends its requests."""
-        return self._admission.ended
+        return self._admission.is_ending
 
     def hand_over(self, claim: Claim, cost: Cost = NOTHING, *, finished: bool = True) -> Callable[[], None]:
         """Let go of a granted claim, and of a reserved cost, whose work goes on without the request.
@@ -445,7 +445,7 @@ class Reservation:
         if self._is_over:
             self.held.close()
 
-    def _end(self, *, answered: bool, keep: Cost) -> None:
+    def _give_back_all(self, *, answered: bool, keep: Cost) -> None:
         """Give back everything except `keep`. `answered` is false if the request did not get its answer."""
         now, admission = time.monotonic(), self._admission
         over = self._cost.minus(keep)
@@ -465,7 +465,7 @@ class UntilEnd:
     def __init__(self, admission: Admission, ends: list[asyncio.Timeout], timeout_s: float | None) -> None:
         self._admission = admission
         self._ends = ends
-        self._timeout = asyncio.timeout(0 if admission.ended else timeout_s)
+        self._timeout = asyncio.timeout(0 if admission.is_ending else timeout_s)
 
     async def __aenter__(self) -> None:
         await self._timeout.__aenter__()
@@ -478,7 +478,7 @@ class UntilEnd:
         try:
             await self._timeout.__aexit__(kind, error, trace)
         except TimeoutError as exc:
-            if not self._admission.ended:
+            if not self._admission.is_ending:
                 raise
             raise ShuttingDown(
                 "this server stopped before the request was done: try again, another server answers"

@@ -45,7 +45,7 @@ class ClipStage:
         """Choose the frames that are looked at. Raises InvalidImage, TooLarge, Overloaded."""
         request, question = ticket.request, self.prompts.question(ticket.request.question)
         asked = self.prompts.frames(request)
-        most = min(asked, self.admission.fidelity.frames)
+        most = min(asked, self.admission.level_now().frames)
         shown = Shown(clip, self._most_found(clip, asked, most, request), question, self.card.clip is not None)
         if shown.film is not None:
             shown.reel = self.clips.reel(shown.film.file.digest, shown.film.most)
@@ -160,7 +160,7 @@ class ClipStage:
         return self.card.clip.budget(request.budget)
 
     def _allowed(self, request: Request) -> Budget:
-        return self.admission.fidelity.cap(self._asked(request))
+        return self.admission.level_now().cap(self._asked(request))
 
     def is_reduced(self, shown: Shown, request: Request) -> bool:
         if shown.seen is not None and shown.seen.budget != self._asked(request):

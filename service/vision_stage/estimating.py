@@ -60,7 +60,7 @@ class Estimator:
                 described.append(self._described(image, request))
         new = {image.id: image for image, each in zip(images, described, strict=True) if not each.known}
         pixels = sum(decoding_cost(image.data, self.limits.max_pixels, image.page).pixels for image in new.values())
-        level = self.admission.fidelity
+        level = self.admission.level_now()
         asked, budget = self.prompts.frames(request), level.cap(request.budget)
         frames = min(asked, level.frames)
         shown = None if clip is None else self._described_clip(clip, request, frames)

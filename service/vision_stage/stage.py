@@ -202,7 +202,7 @@ class VisionStage:
         closer_view_at = self.card.closer_view_at if self.card.closer_view else None
         tile = tile_of(result_of(look).relevance, look.tiles, closer_view_at)
         possible = tile is not None and (
-            self.admission.fidelity.closer_view
+            self.admission.level_now().closer_view
             or self.visual.holds(*self._keys(replace(look, viewport=tile), "low", request))
         )
         look.choose(tile, possible)
@@ -212,7 +212,7 @@ class VisionStage:
             return OF_FRAME
         needs_closer = request.budget.vision_tokens[0] > self.card.vision_tokens[1]
         may_want_closer = needs_closer or request.detail != "low"  # else the answers below cost time and matter not
-        allows_closer = may_want_closer and self.admission.fidelity.closer_view
+        allows_closer = may_want_closer and self.admission.level_now().closer_view
         return Situation(
             asks=request.detail,
             needs_closer=needs_closer,
@@ -244,7 +244,7 @@ class VisionStage:
         a budget with more visual tokens for the LLM than the level allows.
         """
         asked = self._asked(detail, request)
-        allowed = self.admission.fidelity.cap(asked)
+        allowed = self.admission.level_now().cap(asked)
         budgets = (asked, allowed) if asked.visual_tokens == allowed.visual_tokens else (allowed,)
         return [
             visual_key(self.card, look.digest, request.question, budget, detail) for budget in dict.fromkeys(budgets)
@@ -376,7 +376,7 @@ class VisionStage:
 
     def _allowed(self, look: Look, request: Request) -> Budget:
         """Give the budget at the fidelity level now."""
-        return self.admission.fidelity.cap(self._asked(look.detail, request))
+        return self.admission.level_now().cap(self._asked(look.detail, request))
 
     @asynccontextmanager
     async def _encoding(

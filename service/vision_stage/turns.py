@@ -38,7 +38,7 @@ async def to_its_end(
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        if reservation.has_ended:
+        if reservation.service_is_ending:
             work.cancel()
         elif not work.done():
             work.add_done_callback(partial(_given_back, reservation.hand_over(claim, cost, finished=finished)))

@@ -318,7 +318,7 @@ async def test_faults_say_which_file_or_frame_they_are_about(house):
 
 async def test_under_strain_fewer_frames_are_looked_at_and_that_is_told(house):
     await answer(house, about(film()))
-    house.admission.controller = Strain(3)
+    house.admission.fidelity = Strain(3)
     _, end = await answer(house, about(film()))
     assert len(end.frames) == 4
     assert end.reduced
@@ -470,7 +470,7 @@ async def test_a_repeat_of_a_whole_clip_needs_only_the_llm():
 
 
 async def test_a_whole_clip_under_strain_has_fewer_frames_and_a_smaller_budget(whole):
-    whole.admission.controller = Strain(3)
+    whole.admission.fidelity = Strain(3)
     _, end = await answer(whole, about(film()))
     assert len(end.frames) == 4
     assert end.reduced
@@ -544,7 +544,7 @@ async def test_an_estimate_counts_the_frames_and_decodes_nothing(house):
     known = await estimated(house, about(ImageId(end.clip_id), frames=4))
     assert (known.clip.known, known.cost.pixels, known.clip.id) == (True, 0, end.clip_id)
     assert known.prompt_tokens == end.prompt_tokens
-    house.admission.controller = Strain(4)
+    house.admission.fidelity = Strain(4)
     strained = await estimated(house, about(film()))
     assert (strained.clip.frames, strained.reduced) == (4, True)
 
@@ -647,7 +647,7 @@ async def test_a_clip_counts_as_its_frames_in_the_tenant_s_quota():
 
 async def test_frames_that_load_leaves_out_are_not_charged():
     house = House(ROOMY, quota_images_per_minute=40)
-    house.admission.controller = Strain(3)
+    house.admission.fidelity = Strain(3)
     asked = about(given(*range(0, 96, 3)), frames=32, tenant="a")
     with house.pipeline.reservation("a") as reservation:
         *_, end = [event async for event in house.pipeline.answer(asked, reservation)]
@@ -822,15 +822,15 @@ LONG = tuple(range(0, 240, 6))  # 40 frames: among 4 of them that are evenly spa
 async def test_under_strain_the_frames_are_some_of_those_that_are_known(house):
     reader = counting(house)
     _, before = await answer(house, about(film(LONG)))
-    house.admission.controller = Strain(3)
+    house.admission.fidelity = Strain(3)
     _, end = await answer(house, about(film(LONG), "how many?"))
     assert (reader.clips, encodes(house)) == (1, 8)
     assert indices(end) == [indices(before)[place] for place in (0, 2, 5, 7)]
     assert end.reduced
     frames = given(*LONG)
-    house.admission.controller = Strain(0)
+    house.admission.fidelity = Strain(0)
     _, before = await answer(house, about(frames, frames=8))
-    house.admission.controller = Strain(3)
+    house.admission.fidelity = Strain(3)
     _, end = await answer(house, about(frames, "how many?", frames=8))
     assert encodes(house) == 16
     assert set(indices(end)) < set(indices(before))
@@ -840,7 +840,7 @@ async def test_under_strain_frames_whose_features_are_known_are_not_decoded_agai
     """The 4 frames of an earlier question are among the 8 that this one asks for."""
     reader = counting(house)
     _, before = await answer(house, about(film(), frames=4))
-    house.admission.controller = Strain(3)
+    house.admission.fidelity = Strain(3)
     _, end = await answer(house, about(film(), "how many?"))
     assert (reader.clips, encodes(house)) == (1, 4)
     assert indices(end) == indices(before) == [0, 2, 5, 7]
@@ -849,7 +849,7 @@ async def test_under_strain_frames_whose_features_are_known_are_not_decoded_agai
 
 async def test_under_strain_a_new_file_is_decoded_for_fewer_frames(house):
     reader = counting(house)
-    house.admission.controller = Strain(3)
+    house.admission.fidelity = Strain(3)
     _, end = await answer(house, about(film(LONG)))
     assert (reader.clips, reader.wanted, len(end.frames), end.reduced) == (1, 4, 4, True)
     _, short = await answer(house, about(film((1, 200, 9))))
@@ -859,7 +859,7 @@ async def test_under_strain_a_new_file_is_decoded_for_fewer_frames(house):
 async def test_under_strain_a_resampler_reads_all_frames_whose_features_are_known(whole):
     reader = counting(whole)
     await answer(whole, about(film(LONG)))
-    whole.admission.controller = Strain(3)
+    whole.admission.fidelity = Strain(3)
     _, end = await answer(whole, about(film(LONG), "how many?"))
     assert (reader.clips, encodes(whole), len(end.frames)) == (1, 8, 8)
     assert whole.vision.calls[-1] == "attend_clip 8"
@@ -869,7 +869,7 @@ async def test_under_strain_a_repeat_of_a_whole_clip_needs_only_the_llm():
     house = House(CLIPS, visual_cache_bytes=10_000_000, feature_cache_bytes=0)
     await answer(house, about(film(LONG)))
     calls = list(house.vision.calls)
-    house.admission.controller = Strain(3)
+    house.admission.fidelity = Strain(3)
     _, end = await answer(house, about(film(LONG)))
     assert house.vision.calls == calls
     assert (len(end.frames), end.reduced) == (8, False)
@@ -879,7 +879,7 @@ async def test_under_strain_changes_that_are_known_to_a_resampler_are_all_read(w
     whole.vision.sees_patches = True
     clip = square_at(0, 90, 0, 90, 180, 0)
     _, before = await answer(whole, about(clip, sampling="change"))
-    whole.admission.controller = Strain(3)
+    whole.admission.fidelity = Strain(3)
     _, end = await answer(whole, about(clip, "how many?", sampling="change"))
     assert len(before.frames) == 6
     assert indices(end) == indices(before)

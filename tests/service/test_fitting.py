@@ -147,7 +147,7 @@ async def test_under_strain_a_tile_is_left_out_unless_it_was_seen_before(house):
     look_at(house, 1)
     budget = Budget((64, 64))
     await answer(house, request(image=page(), fit="tiles", budget=budget))
-    house.admission.controller = Strain(2)
+    house.admission.fidelity = Strain(2)
     _, known = await answer(house, request(image=page(), fit="tiles", budget=budget))
     assert (known.fit, known.reduced) == ("tiles", False)
     _, new = await answer(house, request(image=page(), fit="tiles", budget=budget, question="which shape?"))

@@ -350,7 +350,7 @@ async def test_prompts_of_other_detail_or_budget_have_other_extra_ids(keen):
 
 @pytest.mark.parametrize(("level", "most"), [(0, 256), (1, 192), (2, 128), (3, 96), (4, 64)])
 async def test_under_strain_all_look_less_closely_but_who_will_not(house, level, most):
-    house.admission.controller = Strain(level)
+    house.admission.fidelity = Strain(level)
     exact = Budget(vision_tokens=(256, 256))
     ends = [(await answer(house, request(budget=budget)))[1] for budget in (Budget(), Budget(), exact)]
     assert [budget.vision_tokens for budget in house.vision.budgets] == [(64, most)] * 2 + [(256, 256)]
@@ -360,7 +360,7 @@ async def test_under_strain_all_look_less_closely_but_who_will_not(house, level,
 
 async def test_what_was_seen_under_strain_has_other_extra_ids(house):
     for level in (0, 4, 0):
-        house.admission.controller = Strain(level)
+        house.admission.fidelity = Strain(level)
         await answer(house, request())
     first, strained, again = (prompt.extra_ids[0] for prompt in house.language.prompts)
     assert first == again != strained
@@ -370,7 +370,7 @@ async def test_what_was_seen_under_strain_has_other_extra_ids(house):
 @pytest.mark.parametrize("asked", ["high", "auto"])
 async def test_under_strain_nobody_looks_closer_but_who_must(keen, level, detail, reduced, asked):
     keen.vision.particularize = 0.7
-    keen.admission.controller = Strain(level)
+    keen.admission.fidelity = Strain(level)
     image = png(size=(300, 200))
     _, end = await answer(keen, request(image=image, detail=asked, budget=Budget(vision_tokens=(64, 400))))
     assert (end.detail, end.reduced) == (detail, reduced)

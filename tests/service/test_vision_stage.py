@@ -54,7 +54,7 @@ async def test_an_exact_repeat_needs_no_vision_model_and_changes_nothing(house):
 
 async def test_under_strain_what_was_seen_closely_before_is_free_and_not_reduced(house):
     await answer(house, request())
-    house.admission.controller = Strain(4)
+    house.admission.fidelity = Strain(4)
     _, known = await answer(house, request())
     _, other = await answer(house, request(question="which?"))
     _, again = await answer(house, request(question="which?"))
@@ -67,7 +67,7 @@ async def test_under_strain_more_visual_tokens_than_are_allowed_are_not_free():
     house = House(replace(CARD, visual_tokens=(32, 64)), visual_cache_bytes=1_000_000)
     wide = Budget(visual_tokens=(32, 64))
     await answer(house, request(budget=wide))
-    house.admission.controller = Strain(3)
+    house.admission.fidelity = Strain(3)
     _, end = await answer(house, request(budget=wide))
     assert (end.reduced, end.visual_tokens) == (True, 32)
     assert house.vision.calls == ["see", "attend"]
@@ -120,14 +120,14 @@ async def test_only_what_is_new_of_several_images_is_looked_at(house):
 
 
 async def test_what_was_seen_under_strain_is_not_taken_for_what_was_asked(house):
-    house.admission.controller = Strain(4)
+    house.admission.fidelity = Strain(4)
     _, reduced = await answer(house, request())
     assert reduced.reduced
-    house.admission.controller = Strain(0)
+    house.admission.fidelity = Strain(0)
     _, whole = await answer(house, request())
     assert not whole.reduced
     assert house.vision.calls == ["see", "attend"]
-    house.admission.controller = Strain(4)
+    house.admission.fidelity = Strain(4)
     _, again = await answer(house, request())
     assert (again.reduced, house.vision.calls) == (False, ["see", "attend"])  # the better one is there, and free
 
@@ -135,7 +135,7 @@ async def test_what_was_seen_under_strain_is_not_taken_for_what_was_asked(house)
 async def test_who_is_denied_a_closer_view_is_told_so_even_if_it_was_known(house):
     house.vision.particularize = 0.7
     await answer(house, request(image=LARGE))
-    house.admission.controller = Strain(LEVELS.index(next(level for level in LEVELS if not level.closer_view)))
+    house.admission.fidelity = Strain(LEVELS.index(next(level for level in LEVELS if not level.closer_view)))
     for detail in ("auto", "high"):
         _, end = await answer(house, request(image=LARGE, detail=detail, budget=Budget((64, 64))))
         assert (end.detail, end.reduced) == ("low", True)
@@ -147,7 +147,7 @@ async def test_under_strain_a_closer_view_that_was_seen_before_is_free_and_not_r
     budget = Budget((64, 64))
     await answer(house, request(image=LARGE, detail="high", budget=budget))
     house.vision.calls.clear()
-    house.admission.controller = Strain(2)
+    house.admission.fidelity = Strain(2)
     _, end = await answer(house, request(image=LARGE, detail=asked, budget=budget))
     assert (end.detail, end.reduced) == ("high", False)
     assert house.vision.calls == {"high": [], "auto": ["attend"]}[asked]  # only the low view tells auto what it wants
@@ -228,7 +228,7 @@ async def test_of_several_images_the_one_that_failed_keeps_the_cause_of_its_erro
 async def test_who_was_denied_a_closer_view_and_gets_it_after_all_is_not_reduced():
     house = House(CLOSER, llm_tokens=CLOSER.max_positions)
     house.vision.particularize = 0.7
-    house.admission.controller = Strain(2)
+    house.admission.fidelity = Strain(2)
     house.language.gate.clear()
     long = Sampling(max_tokens=100)  # one at a time
     first = asyncio.create_task(answer(house, request(sampling=long, budget=Budget((64, 64)))))
@@ -236,7 +236,7 @@ async def test_who_was_denied_a_closer_view_and_gets_it_after_all_is_not_reduced
     asked = request(id="vqa_2", image=LARGE, detail="auto", sampling=long)
     second = asyncio.create_task(answer(house, asked))
     await until(lambda: house.vision.calls == ["see", "see"] and house.admission.scheduler.waiting(Kind.SINGLE_IMAGE))
-    house.admission.controller = Strain(0)
+    house.admission.fidelity = Strain(0)
     house.language.gate.set()
     await first
     _, end = await second

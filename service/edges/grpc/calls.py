@@ -183,7 +183,7 @@ class Calls:
         context.set_trailing_metadata(((TRACE_ID_KEY, trace_id),))
         try:
             with self._counted(), self._client_told(context, metadata):
-                self.edge.pipeline.require_turns(self._open, self.edge.lag_s(), None)
+                self.edge.pipeline.refuse_early(self._open, self.edge.lag_s(), None)
                 caller = self._caller(metadata, trace_id, scope)
                 with self.edge.pipeline.reservation(caller.tenant, caller.key, size=Size.UNKNOWN) as reservation:
                     async with reservation.until_end():

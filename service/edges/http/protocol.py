@@ -71,7 +71,7 @@ class Protocols:
 
     def _overload(self, open_requests: int, nbytes: int | None) -> Overloaded | None:
         try:
-            self._edge.pipeline.require_turns(open_requests, self._edge.lag_s(), nbytes)
+            self._edge.pipeline.refuse_early(open_requests, self._edge.lag_s(), nbytes)
         except Overloaded as error:
             # Its frames would keep the connection and what it has sent until the next garbage collection.
             return error.with_traceback(None)

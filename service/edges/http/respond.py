@@ -205,7 +205,7 @@ class RequestScope:
         try:
             scope[GRANT] = let_in(scope, edge.access, metrics_are_open=edge.metrics_are_open)
             if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
-                edge.pipeline.require_turns(scope.get(OPEN_REQUESTS, 0), edge.lag_s(), declared_bytes(scope["headers"]))
+                edge.pipeline.refuse_early(scope.get(OPEN_REQUESTS, 0), edge.lag_s(), declared_bytes(scope["headers"]))
         except GlimpseError as error:
             return response_to(error)
         return self.direct.get((scope["method"], scope["path"]), self.app)

@@ -50,12 +50,12 @@ async def enter(reservation: Reservation) -> Claim:
 async def test_while_one_waits_past_the_target_requests_may_look_less_closely_and_the_log_says_so():
     metrics = Metrics()
     house = admission(metrics, fidelity_target_s=IMPATIENT_S)
-    assert house.fidelity == LEVELS[0]
+    assert house.level_now() == LEVELS[0]
     with house.reservation("") as first, house.reservation("") as second, capture_logs() as lines:
         slot = await enter(first)
         waiting = asyncio.create_task(enter(second))
         await until(lambda: sample(metrics, "glimpse_fidelity_level") == 1)
-        assert house.fidelity == LEVELS[1]
+        assert house.level_now() == LEVELS[1]
         first.give_back(slot)
         await waiting
     assert sample(metrics, "glimpse_fidelity_changes_total") == 1
@@ -74,7 +74,7 @@ async def test_while_one_waits_past_the_target_requests_may_look_less_closely_an
 
 async def test_the_longest_wait_is_looked_for_once_in_a_while_however_often_requests_ask(monkeypatch):
     house, looks = admission(Metrics()), list[float]()
-    monkeypatch.setattr(house.controller, "observe", lambda now, _: looks.append(now) or 0)
+    monkeypatch.setattr(house.fidelity, "observe", lambda now, _: looks.append(now) or 0)
     now = time.monotonic() + 1
     for number in range(100):
         house.schedule(now + number * OBSERVE_S / 10)
@@ -94,7 +94,7 @@ async def test_while_those_worked_on_together_may_be_late_requests_look_less_clo
     house = admission(Metrics(), fidelity_target_s=IMPATIENT_S)
     with house.reservation("") as first, house.reservation("") as second, capture_logs() as lines:
         await worked_on_together(house, first, second, Priority.NORMAL)
-        await until(lambda: house.fidelity == LEVELS[1])
+        await until(lambda: house.level_now() == LEVELS[1])
     assert [(line["fidelity_level"], line["reason"]) for line in lines] == [(1, "late")]
 
 
@@ -104,7 +104,7 @@ async def test_those_that_may_wait_for_others_are_never_late_for_them():
         await worked_on_together(house, first, second, Priority.LOW)
         for _ in range(3):
             await turns()
-            assert house.fidelity == LEVELS[0]
+            assert house.level_now() == LEVELS[0]
 
 
 async def test_switched_off_nobody_looks_less_closely():
@@ -114,7 +114,7 @@ async def test_switched_off_nobody_looks_less_closely():
         begun = time.monotonic()
         waiting = asyncio.create_task(enter(second))
         await until(lambda: time.monotonic() - begun > 0.1)
-        assert house.fidelity == LEVELS[0]
+        assert house.level_now() == LEVELS[0]
         await cancelled(waiting)
 
 
@@ -252,7 +252,7 @@ async def test_on_its_way_up_the_log_gives_the_reason_and_on_its_way_down_calm()
     with house.reservation("") as first, house.reservation("") as second, capture_logs() as lines:
         slot = await enter(first)
         waiting = asyncio.create_task(enter(second))
-        await until(lambda: house.fidelity == LEVELS[1])
+        await until(lambda: house.level_now() == LEVELS[1])
         first.give_back(slot)
         second.give_back(await waiting)
         await until(lambda: house._later is None)  # it was seen that nobody waits
@@ -305,7 +305,7 @@ LATE_S = 2 * MAX_LAG_S
 def takes(house: Admission, open_requests: int, lag_s: float = 0.0, size: Size = Size.LARGE) -> bool:
     """Whether it reads one more request."""
     try:
-        house.require_turns(open_requests, lag_s, size)
+        house.refuse_early(open_requests, lag_s, size)
     except Overloaded:
         return False
     return True

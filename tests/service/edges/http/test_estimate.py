@@ -89,7 +89,7 @@ async def test_the_beginning_of_a_file_is_enough(caller):
 
 async def test_several_images_and_load_are_counted(caller):
     encoded = [base64.b64encode(png(colour)).decode() for colour in ((1, 2, 3), (4, 5, 6), (1, 2, 3))]
-    caller.house.admission.controller = Strain(3)
+    caller.house.admission.fidelity = Strain(3)
     body = {"images": encoded, "question": "?", "max_tokens": 1, "budget": {"visual_tokens": [32, 32]}}
     said = (await caller.http.post("/v1/vqa/estimate", json=body)).json()
     assert (said["image_tokens"], said["vision_tokens"], said["reduced"]) == ([96, 96], [192, 288], True)

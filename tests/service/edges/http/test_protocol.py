@@ -669,7 +669,7 @@ def test_a_connection_that_is_to_close_after_a_refusal_closes(crowded, last):
 def test_the_door_is_told_how_large_a_body_is(service, monkeypatch):
     """New images that are refused must not close it to small questions."""
     told = []
-    monkeypatch.setattr(service.house.pipeline, "require_turns", lambda count, lag_s, nbytes: told.append(nbytes))
+    monkeypatch.setattr(service.house.pipeline, "refuse_early", lambda count, lag_s, nbytes: told.append(nbytes))
     with service.connect() as client:
         client.sendall(post(QUESTION))
         assert read_response(client)[0] == 200

@@ -242,7 +242,7 @@ async def test_what_begins_to_wait_after_the_end_is_told_too(caller):
     caller.house.vision.gate.clear()
     sent = Sent(caller, "/v1/vqa", question()[:50], rest=question()[50:])
     await until(lambda: holds(caller).nbytes == 50)
-    caller.house.admission.ended = True
+    caller.house.admission.is_ending = True
     sent.more.set()
     await require_one_reservation(caller, sent, 503)
 

@@ -70,6 +70,8 @@ def groups(source: str) -> Iterator[Group]:
 
 def default_of(name: str) -> str:
     value = Settings.model_fields[name].default
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
     match value:
         case None | "":
             return "none"
@@ -88,6 +90,8 @@ def values_of(name: str) -> str:
     """What the setting takes: choices, or a kind and its bounds."""
     known = Settings.model_fields[name]
     kind: Any = known.annotation
+    if get_origin(kind) is tuple:
+        return "text"
     if get_origin(kind) is not Literal:
         (kind,) = [each for each in get_args(kind) or (kind,) if each is not type(None)]  # of one that may be None
     if get_origin(kind) is Literal:

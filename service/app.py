@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +43,7 @@ from service.media.decoder import ImageLimits
 from service.media.fetch import FetchRules, ImageFetcher
 from service.media.reader import WorkerReader
 from service.pipeline import Pipeline
-from service.settings import Settings, SettingsError, listed
+from service.settings import Settings, SettingsError
 from service.telemetry.exposition import Exposition
 from service.telemetry.metrics import Metrics
 from service.triton import TritonClient
@@ -313,19 +312,15 @@ def http_edge(
         variants=Control(readiness) if isinstance(readiness, Fleet) and pipeline.has_variants else None,
         metrics_are_open=settings.metrics_without_key,
         log_client_address=settings.log_client_address,
-        proxies=proxies_of(settings),
+        proxies=Proxies(settings.trusted_proxies),
         aliases=vertex_paths(settings),
-        cors_origins=tuple(filter(None, (origin.strip() for origin in settings.cors_origins.split(",")))),
+        cors_origins=settings.cors_origins,
     )
 
 
 def faults_of(readiness: Readiness | Fleet, access: Authenticator) -> Mapping[str, str]:
     """Return why the service cannot answer: by model, and for the API keys."""
     return {**readiness.faults, **({"keys": access.fault} if access.fault else {})}
-
-
-def proxies_of(settings: Settings) -> Proxies:
-    return Proxies(tuple(map(ip_network, listed(settings.trusted_proxies))))
 
 
 def vertex_paths(settings: Settings) -> dict[str, str]:
@@ -359,7 +354,7 @@ def grpc_edge(
         turns=turns,
         access=access or NoGate(),
         log_client_address=settings.log_client_address,
-        proxies=proxies_of(settings),
+        proxies=Proxies(settings.trusted_proxies),
     )
 
 
@@ -377,14 +372,14 @@ def body_limits(settings: Settings) -> BodyLimits:
 
 def image_fetcher(settings: Settings, metrics: Metrics) -> ImageFetcher | None:
     """Make the fetcher of images from URLs, or None if no host is allowed."""
-    if not listed(settings.image_url_hosts):
+    if not settings.image_url_hosts:
         return None
     rules = FetchRules(
-        hosts=listed(settings.image_url_hosts),
+        hosts=settings.image_url_hosts,
         max_bytes=settings.max_image_bytes,
-        ports=frozenset(map(int, listed(settings.image_url_ports))),
+        ports=frozenset(settings.image_url_ports),
         allows_http=settings.image_url_http,
-        private_networks=tuple(map(ip_network, listed(settings.image_url_private_networks))),
+        private_networks=settings.image_url_private_networks,
         timeout_s=settings.image_url_timeout_s,
         at_once=settings.image_urls_at_once,
         at_once_of_a_tenant=settings.image_urls_at_once_of_a_tenant,

@@ -54,7 +54,9 @@ class SettingsError(ValueError):
 class Settings(BaseSettings):
     """Hold all settings, frozen. `GLIMPSE_HTTP_PORT=9000` sets `http_port`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False, validate_default=False
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -74,10 +76,10 @@ class Settings(BaseSettings):
     grpc_port: int = Field(8081, ge=0, le=65535)  # on the same host; 0: any free port
     # More names for this service, with commas between them. If a name is set here, or GLIMPSE_HTTP_HOST is this machine
     # only, a request with another name in its Host header gets 421.
-    allowed_hosts: str = ""
+    allowed_hosts: tuple[str, ...] = ()
     # Web pages of these origins may call the service from a browser: https://app.example with commas between them, or *
     # for any. None: only the service's own page may.
-    cors_origins: str = ""
+    cors_origins: tuple[str, ...] = ()
     # API keys: a file that `glimpse keys` writes, or the word redis for keys in the Redis of GLIMPSE_REDIS_URL. With
     # keys every request needs one, except for health, the page, the API's description and, if it is open, /metrics.
     keys: str | None = None
@@ -101,7 +103,7 @@ class Settings(BaseSettings):
     max_connections_per_address: int = Field(3072, gt=0, le=1_000_000)  # from one address; of IPv6 from one /64
     # Networks of the proxies and load balancers in front, such as 10.1.0.0/24, with commas between them. Each caller's
     # address is then what the proxy says in X-Forwarded-For. The limits of one address do not apply to a proxy.
-    trusted_proxies: str = ""
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()
     # How many idle connections one address (of IPv6 a /64) may replace each second while all are taken; ten seconds'
     # worth may come at once. A connection beyond that gets no response and is closed after 10 s.
     replaced_connections_per_address_s: float = Field(10.0, gt=0)
@@ -147,12 +149,12 @@ class Settings(BaseSettings):
     # Images from URLs that callers name. Without a host here none is fetched. Hosts with commas between them: names,
     # *.example.org for all names below one, or * for every public host. TLS is verified with the system's certificate
     # authorities, or with those of SSL_CERT_FILE.
-    image_url_hosts: str = ""  # hosts to fetch from
-    image_url_ports: str = "443"  # with commas between them
+    image_url_hosts: tuple[str, ...] = ()  # hosts to fetch from
+    image_url_ports: tuple[int, ...] = (443,)  # with commas between them
     image_url_http: bool = False  # http: URLs too, on the ports above
     # Networks that are not public and may be fetched from nevertheless, such as 10.1.0.0/16. Link-local addresses,
     # metadata services and translated addresses stay forbidden.
-    image_url_private_networks: str = ""
+    image_url_private_networks: tuple[IPv4Network | IPv6Network, ...] = ()
     image_url_timeout_s: float = Field(5.0, gt=0)  # for one image, with its redirects
     image_urls_at_once: int = Field(16, gt=0)  # fetches at once, in all
     image_urls_at_once_of_a_tenant: int = Field(4, gt=0)  # of a named tenant; requests without a name may use them all
@@ -283,10 +285,16 @@ class Settings(BaseSettings):
             raise ValueError(f"{path!r} is not a path: write it from its first slash, such as /predict")
         return path
 
-    @field_validator("cors_origins")
+    @field_validator("allowed_hosts", mode="before")
     @classmethod
-    def _are_origins(cls, origins: str) -> str:
-        for origin in filter(None, (each.strip() for each in origins.split(","))):
+    def _are_names(cls, text: str) -> tuple[str, ...]:
+        return listed(text)
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _are_origins(cls, text: str) -> tuple[str, ...]:
+        origins = listed(text)
+        for origin in origins:
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ValueError(
                     f"{origin!r} is not an origin: write https://HOST or http://HOST:PORT without a path, or *"
@@ -303,10 +311,11 @@ class Settings(BaseSettings):
             )
         return url
 
-    @field_validator("image_url_hosts")
+    @field_validator("image_url_hosts", mode="before")
     @classmethod
-    def _are_hosts(cls, hosts: str) -> str:
-        for host in listed(hosts):
+    def _are_hosts(cls, text: str) -> tuple[str, ...]:
+        hosts = listed(text.lower())
+        for host in hosts:
             if host != "*" and (not HOST_PATTERN.fullmatch(host) or host.rpartition(".")[2].isdecimal()):
                 raise ValueError(
                     f"{host!r} is not a host: write names with commas between them, such as "
@@ -314,33 +323,25 @@ class Settings(BaseSettings):
                 )
         return hosts
 
-    @field_validator("image_url_ports")
+    @field_validator("image_url_ports", mode="before")
     @classmethod
-    def _are_ports(cls, ports: str) -> str:
-        for port in listed(ports):
+    def _are_ports(cls, text: str) -> tuple[int, ...]:
+        ports = listed(text)
+        for port in ports:
             if not port.isdecimal() or not 1 <= int(port) <= 65535:
                 raise ValueError(f"{port!r} is not a port: write numbers with commas between them, such as 443,8443")
-        return ports
+        return tuple(map(int, ports))
 
-    @field_validator("image_url_private_networks")
+    @field_validator("image_url_private_networks", "trusted_proxies", mode="before")
     @classmethod
-    def _are_networks(cls, networks: str) -> str:
-        for network in listed(networks):
-            try:
-                ip_network(network)
-            except ValueError as exc:
-                raise ValueError(
-                    f"{network!r} is not a network: write networks with commas between them, such as "
-                    "10.1.0.0/16,fd12::/16"
-                ) from exc
-        return networks
+    def _are_networks(cls, text: str) -> tuple[IPv4Network | IPv6Network, ...]:
+        return tuple(map(_network, listed(text)))
 
     @field_validator("trusted_proxies")
     @classmethod
-    def _are_proxies(cls, networks: str) -> str:
-        read = [ip_network(network) for network in listed(cls._are_networks(networks))]
-        ipv4 = collapse_addresses(network for network in read if isinstance(network, IPv4Network))
-        ipv6 = collapse_addresses(network for network in read if isinstance(network, IPv6Network))
+    def _are_proxies(cls, networks: tuple[IPv4Network | IPv6Network, ...]) -> tuple[IPv4Network | IPv6Network, ...]:
+        ipv4 = collapse_addresses(network for network in networks if isinstance(network, IPv4Network))
+        ipv6 = collapse_addresses(network for network in networks if isinstance(network, IPv6Network))
         collapsed: list[IPv4Network | IPv6Network] = [*ipv4, *ipv6]
         for network in collapsed:
             if network.prefixlen < LEAST_PROXY_PREFIX:
@@ -436,8 +437,17 @@ class Settings(BaseSettings):
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """Read a list with commas between its items, in lower case."""
-    return tuple(item for item in (each.strip().lower() for each in text.split(",")) if item)
+    """Read a list with commas between its items."""
+    return tuple(filter(None, (item.strip() for item in text.split(","))))
+
+
+def _network(text: str) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(text)
+    except ValueError as exc:
+        raise ValueError(
+            f"{text!r} is not a network: write networks with commas between them, such as 10.1.0.0/16,fd12::/16"
+        ) from exc
 
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:

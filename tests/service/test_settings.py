@@ -3,7 +3,8 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from service.app import build, proxies_of, require_keys
+from service.app import build, require_keys
+from service.edges.proxies import Proxies
 from service.settings import PREFIX, Settings, SettingsError, read_settings
 
 
@@ -229,8 +230,9 @@ def test_a_network_of_proxies_that_is_none_or_everybody_is_refused(networks):
 
 def test_networks_of_proxies_are_of_both_kinds_and_one_address_is_one():
     told = read_settings({"GLIMPSE_TRUSTED_PROXIES": "10.0.0.0/8, fc00::/7,192.0.2.7"})
-    assert all(address in proxies_of(told) for address in ("10.1.2.3", "::ffff:10.1.2.3", "fd12::1", "192.0.2.7"))
-    assert "192.0.2.8" not in proxies_of(told)
+    proxies = Proxies(told.trusted_proxies)
+    assert all(address in proxies for address in ("10.1.2.3", "::ffff:10.1.2.3", "fd12::1", "192.0.2.7"))
+    assert "192.0.2.8" not in proxies
 
 
 def test_a_first_token_budget_needs_tritons_elsewhere():

@@ -7,13 +7,14 @@ requests to the gateway and lets the page read the answers. The Host header stil
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 
 OWN_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
-def allowed_hosts(http_host: str, named: str) -> frozenset[str] | None:
-    """None if any name will do. `named` is a list with commas, as the operator wrote it."""
-    more = frozenset(_normal(name) for name in named.split(",") if name.strip())
+def allowed_hosts(http_host: str, named: Iterable[str]) -> frozenset[str] | None:
+    """None if any name will do."""
+    more = frozenset(map(_normal, named))
     if not more and not _is_loopback(http_host):
         return None
     return OWN_NAMES | more | {f"[{http_host}]" if ":" in http_host else _normal(http_host)}

@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 
 from service.edges.http.hosts import allowed_hosts
+from service.settings import listed
 from tests.service.edges.http.test_protocol import Served, served
 from tests.service.edges.http.test_vqa import ASKED, Caller, fault
 from tests.support.fakes import FakeProber, House
@@ -110,7 +111,7 @@ def test_a_second_host_does_not_hide_the_first(service):
     ],
 )
 def test_which_names_are_ours(http_host, named, host, allowed):
-    hosts = allowed_hosts(http_host, named)
+    hosts = allowed_hosts(http_host, listed(named))
     assert (hosts is None or host in hosts) is allowed
 
 

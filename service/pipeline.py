@@ -210,7 +210,7 @@ class Pipeline:
         `answer` and `keep_image` add to it, and give back what they added when they end. Raises Overloaded if there is
         no room for one more request. Without a `row`, the request needs none of the LLM's. `size` is what the door knew
         of the request. `within` is the reservation of the message or the batch that the request is a part of.
-        `patience` says how long it is asked again if there is no room.
+        `patience`: how long a batch retries this question after refusals.
         """
         with self.admission.reservation(tenant, size, within) as reservation:
             reservation.patience = patience

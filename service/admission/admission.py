@@ -98,9 +98,9 @@ class Admission:
         self._grants: dict[Claim, asyncio.Future[None]] = {}  # of the claims that wait
         self._open: set[Reservation] = set()
         self.is_ending = False
-        # When a request of that size was read, and refused because its grant would have come too late; and when those
-        # refusals would be over, if each took READ_REFUSAL_S.
+        # Time of the last refusal after reading, by size.
         self._refused_at = dict.fromkeys(Size, -math.inf)
+        # Time until which the loop is busy with such refusals, at READ_REFUSAL_S each.
         self._refusals_end = dict.fromkeys(Size, -math.inf)
         for kind in Kind:
             metrics.requests_waiting.labels(kind).set_function(partial(scheduler.waiting, kind))
@@ -224,8 +224,8 @@ class Admission:
     def _observe(self, now: float) -> int:
         """Update the level of fidelity from the longest wait -> the level from now on.
 
-        Finding the longest wait goes through all requests. So it is done once in OBSERVE_S, and at the end of a time in
-        which it was asked for again: the controller takes it that nothing changed since.
+        Finding the longest wait scans all requests, so do it at most once per OBSERVE_S. The controller assumes no
+        change in between.
         """
         before = self.fidelity.level
         if now < self._observed_at + OBSERVE_S:

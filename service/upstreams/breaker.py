@@ -1,7 +1,7 @@
 """Keep requests from a Triton that fails, and have it tried again after a pause.
 
-closed     requests pass. FAILURES_TO_OPEN failures in a row open it. A stream's first token, and a probe, are no
-           reason to forget the streams that were cut short: an answer that came to its end is.
+closed     requests pass. FAILURES_TO_OPEN failures in a row open it. Only a complete answer resets the count of streams
+           that were cut short. A first token or a successful probe does not.
 open       no request passes, and no success closes it until the pause is over.
 half-open  no request passes. The next success, of a probe, closes it. A failure opens it again, with a longer pause.
 

@@ -76,8 +76,8 @@ class ClipStage:
     def _most_found(self, clip: LoadedClip, asked: int, most: int, request: Request) -> int:
         """Return among how many frames those that are looked at are chosen.
 
-        Under strain, they are some of those that would be looked at without it: their features may be known. But if
-        that many frames of a file would have to be decoded for it, only as many are decoded as are looked at.
+        Under load, choose from the frames of an unloaded request, because their features may be cached. If they would
+        first have to be decoded, decode only the frames needed.
         """
         wide = most_found(request, asked)
         if clip.file is None or most == asked or self.clips.has_compared(clip.file.digest, wide):

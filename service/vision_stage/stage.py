@@ -211,7 +211,8 @@ class VisionStage:
         if look.is_frame:
             return OF_FRAME
         needs_closer = request.budget.vision_tokens[0] > self.card.vision_tokens[1]
-        may_want_closer = needs_closer or request.detail != "low"  # else the answers below cost time and matter not
+        # Otherwise skip both lookups: no closer view can follow.
+        may_want_closer = needs_closer or request.detail != "low"
         allows_closer = may_want_closer and self.admission.level_now().closer_view
         return Situation(
             asks=request.detail,

@@ -150,7 +150,7 @@ class Pipeline:
         with self.outcomes.of(request, reservation) as ticket:
             async with self.admit(ticket) as choices, self.charged(ticket, choices) as use:
                 images, clip = await self.loader.load(ticket)
-                for attempt in Attempts(self.models, choices, ticket.image_ids[0], ticket, reservation, self.metrics):
+                for attempt in Attempts(self.models, choices, ticket, self.metrics):
                     with attempt:
                         model = attempt.model
                         seen = await self.look(model, images, clip, ticket, use)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 
-from service.admission.admission import Reservation
 from service.core.attempt_time import begin_attempt
 from service.core.errors import FirstTokenLate, InternalError, Unavailable
 from service.record.ticket import Ticket
@@ -19,19 +18,10 @@ from service.upstreams.models import Choice, Model, Models
 class Attempts:
     """Give one Attempt after the other, for `with attempt:`, until one is the last."""
 
-    def __init__(
-        self,
-        models: Models,
-        choices: Sequence[Choice],
-        first_image: str,
-        ticket: Ticket,
-        reservation: Reservation,
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, models: Models, choices: Sequence[Choice], ticket: Ticket, metrics: Metrics) -> None:
         self.models = models
-        self.own, self.order = models.in_order(choices, first_image)
+        self.own, self.order = models.in_order(choices, ticket.image_ids[0])
         self.ticket = ticket
-        self.reservation = reservation
         self.metrics = metrics
 
     def __iter__(self) -> Iterator[Attempt]:
@@ -60,12 +50,12 @@ class Attempt:
 
     def __enter__(self) -> None:
         attempts, ticket = self._attempts, self._attempts.ticket
-        attempts.reservation.served = served = attempts.models.served(self.model, attempts.own)
+        ticket.reservation.served = served = attempts.models.served(self.model, attempts.own)
         ticket.begin(self._choice.request, served)
         ticket.asked_model = attempts.own.card.name
         begin_attempt()
         if self._left:  # else the request's end gives back what it holds
-            self._held.enter_context(attempts.reservation.work())
+            self._held.enter_context(ticket.reservation.work())
         self.model.in_flight += 1
 
     def __exit__(

@@ -125,9 +125,7 @@ class ClipStage:
         ticket.reservation.give_back(claim)
         return known
 
-    async def _changes(
-        self, shown: Shown, find: FindFeatures, ticket: Ticket
-    ) -> Sequence[Change]:
+    async def _changes(self, shown: Shown, find: FindFeatures, ticket: Ticket) -> Sequence[Change]:
         """Find the frames that show something new, by the features of all."""
         key = changed_key(self.card.fingerprint, shown.frames)
         if (known := self.clips.changes(key)) is not None:

@@ -86,9 +86,7 @@ class VisionStage:
     visual: VisualCache
     clip_stage: ClipStage
 
-    async def look(
-        self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket
-    ) -> Sight:
+    async def look(self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket) -> Sight:
         """Return the visual tokens of each image, and of the clip. The request then holds its LLM tokens.
 
         LLM tokens are claimed before attending. This bounds how many requests attend at once, and a refused request
@@ -329,9 +327,7 @@ class VisionStage:
     async def _encode_closer(self, decoded: Decoded, timeout_s: float) -> CloserFeatures:
         return CloserFeatures.joined(await self.vision.encode(decoded.crops, timeout_s))
 
-    def _lookup(
-        self, key: FeatureKey[Features], ticket: Ticket
-    ) -> AbstractAsyncContextManager[Found[Features]]:
+    def _lookup(self, key: FeatureKey[Features], ticket: Ticket) -> AbstractAsyncContextManager[Found[Features]]:
         patient = ticket.request.priority is Priority.LOW
         return self.features.find(key, ticket.left_s, patient=patient, waiting=ticket.reservation.waiting_for_others)
 
@@ -380,9 +376,7 @@ class VisionStage:
         return self.admission.level_now().cap(self._asked(look.detail, request))
 
     @asynccontextmanager
-    async def _encoding(
-        self, look: Look, view: int, ticket: Ticket
-    ) -> AsyncIterator[tuple[Decoded, Claim]]:
+    async def _encoding(self, look: Look, view: int, ticket: Ticket) -> AsyncIterator[tuple[Decoded, Claim]]:
         """Wait for vision slots, then decode the image for this view. Hold the slots, a claim, for the block.
 
         Raises Overloaded.

@@ -111,12 +111,11 @@ class Pixels:
             raise copy(error) from error.__cause__
 
     def remember(self, look: Look, request: Request) -> None:
-        """Store what the look is at, so that later questions can name its id: of a frame, the clip's file, once."""
-        if look.film is None:
-            self._remember(look.image, request)
-        elif not look.film.is_remembered:
-            look.film.is_remembered = True
-            self._remember(look.film.file, request)
+        """Store what the look is at, once, so that later questions can name its id. Of a frame, the clip's file."""
+        shown, image = (look, look.image) if look.film is None else (look.film, look.film.file)
+        if not shown.is_remembered:
+            shown.is_remembered = True
+            self._remember(image, request)
 
     def remember_clip(self, shown: Shown, request: Request) -> None:
         """The same for a clip whose visual tokens are known."""

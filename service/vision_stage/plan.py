@@ -121,6 +121,7 @@ class Look:
     frame: Frame | None = None  # that is looked at, squashed and with detail low; None: the image itself
     film: Film | None = None  # the file of the frame; None if it came as an image
     is_read: bool = True  # False: only its features are needed
+    is_remembered: bool = False  # its image can be asked about by its id
 
     @property
     def is_done(self) -> bool:

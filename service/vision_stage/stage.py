@@ -32,7 +32,6 @@ from service.core.viewport import fitting
 from service.core.vision import (
     CLOSER_SIZE,
     CROPS,
-    IMAGE_SIZE,
     CloserFeatures,
     Seen,
     SeenClip,
@@ -301,8 +300,7 @@ class VisionStage:
                 found = await flight.enter_async_context(self._lookup(key, ticket))
                 ticket.tell(hit=found.features is not None, view=key.view)
             if found.features is not None:
-                if key.view == IMAGE_SIZE:
-                    self.pixels.remember(look, ticket.request)
+                self.pixels.remember(look, ticket.request)
                 return found.features
             async with self._encoding(look, key.view, ticket) as (decoded, claim):
                 encode = asyncio.create_task(work(decoded, max(ticket.left_s, ENCODE_TIMEOUT_S)))

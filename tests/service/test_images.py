@@ -28,7 +28,7 @@ from service.settings import IMAGE_ENTRY_BYTES
 from service.upstreams.store import VariantsInRedis
 from service.upstreams.variants import Variant
 from tests.service.edges.http.test_vqa import ASKED, Caller, fault
-from tests.support.fakes import CARD, House, cancelled, png, until
+from tests.support.fakes import CARD, CLOSER, House, cancelled, png, until
 from tests.support.keys import Keys, bearer
 from tests.support.paths import PROJECT
 from tests.support.servers import RedisServer
@@ -150,6 +150,15 @@ async def test_deletions_that_are_remembered_are_bounded(redis_server, monkeypat
         fault(await one.http.delete(f"/v1/images/{image}"), 404)
         await until(lambda: two.house.pipeline.images.store.get(image, 0.0) is None)
         assert redis_server.client.zcard(DELETED) == 3
+
+
+async def test_an_image_that_is_looked_at_closely_is_written_to_redis_once(redis_server, monkeypatch):
+    async with calling(card=CLOSER, redis_url=redis_server.url, redis_timeout_s=5.0) as caller:
+        written = []
+        monkeypatch.setattr(caller.house.shared_images, "put_behind", lambda address, data: written.append(address))
+        answer = (await caller.ask(detail="high")).json()
+        assert answer["vision"]["detail"] == "high"
+        assert written == [address_of("", answer["image_ids"][0])]
 
 
 async def test_images_are_dropped_only_while_too_many_bytes_wait_to_be_written(redis_server, monkeypatch):

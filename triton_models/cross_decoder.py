@@ -6,6 +6,7 @@ cross-attention.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,9 +167,10 @@ class OnnxCrossDecoder:
         self._pool.append(parts, [each.start for each in words], [each.stop - each.start for each in words])
         for row, (prompt, columns) in enumerate(zip(prompts, split, strict=True)):
             self._starts[first + row], self._ends[first + row] = columns.starts[-1], columns.ends[-1]
-            if np.isfinite(logits[row]).all():
-                pair = self._pool.row(first + row), self._images.row(first + row)
-                self.prefixes.keep(prompt, self._joined(columns.is_visual, *pair))
+            with contextlib.suppress(MemoryError):  # the answer needs no cache
+                if np.isfinite(logits[row]).all():
+                    pair = self._pool.row(first + row), self._images.row(first + row)
+                    self.prefixes.keep(prompt, self._joined(columns.is_visual, *pair))
         return logits
 
     def step(self, tokens: Int64Array) -> FloatArray:

@@ -5,6 +5,7 @@ B: rows. T: input columns. P: columns of past. N: rows of a prompt embedding tab
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,8 @@ class OnnxDecoder:
     """Run the LLM over rows that join with a prompt, grow by one token per step and leave.
 
     The past of a prompt is the keys and values of its first n tokens: [parts, heads, n, head_dim] in the graph's float
-    type. A part is the keys or the values of one layer. A step's inputs and outputs are bound to fixed memory, once for
-    each number of rows. The step reads the pool in place and overwrites the last step's logits and new columns.
+    type. A part is the keys or the values of one layer. A step's inputs and outputs are bound to fixed memory: see
+    `BoundStep`.
     """
 
     def __init__(
@@ -104,8 +105,9 @@ class OnnxDecoder:
         first = self.rows
         self._pool.append(new, starts, [total - start for total, start in zip(totals, starts, strict=True)])
         for row, prompt in enumerate(prompts):
-            if np.isfinite(logits[row]).all():
-                self.prefixes.keep(prompt, self._pool.row(first + row))
+            with contextlib.suppress(MemoryError):  # the answer needs no cache
+                if np.isfinite(logits[row]).all():
+                    self.prefixes.keep(prompt, self._pool.row(first + row))
         return logits
 
     def step(self, tokens: Int64Array) -> FloatArray:

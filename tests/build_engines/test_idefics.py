@@ -332,6 +332,26 @@ def test_mixed_batches_answer_as_if_alone(
     assert said == [expected[name] for name in names]
 
 
+@pytest.mark.parametrize("name", ["images apart", "one image twice"])
+def test_a_full_memory_while_a_prompt_is_joined_for_the_prefix_cache_fails_nobody(
+    name: str,
+    built: Path,
+    card: ModelCard,
+    prompts: dict[str, Prompt],
+    expected: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    decoder = opened(built, card, 4, 1 << 24)
+    monkeypatch.setattr(decoder, "_joined", full)
+    logits = decoder.prefill([prompts[name]], [decoder.recall(prompts[name])])
+    assert logits.argmax(axis=1).tolist() == expected[name][:1]
+    assert decoder.step(np.array(expected[name][:1])).argmax(axis=1).tolist() == expected[name][1:2]
+    assert decoder.rows == 1
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def address(built: Path, card: ModelCard, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
     """gRPC address of an embedded Triton that serves the repository."""

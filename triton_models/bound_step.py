@@ -13,7 +13,8 @@ from triton_models.kv_pool import FloatArray, Int64Array, KvPool
 class BoundStep:
     """Append one token to each row. The graph is bound once for each number of rows, until a pool's arrays move.
 
-    The step reads the pools in place and overwrites the last step's logits and new columns.
+    On the CPU the step reads the pools in place; a GPU gets a copy of all inputs at each step. It overwrites the last
+    step's logits and new columns.
     """
 
     def __init__(
@@ -30,27 +31,24 @@ class BoundStep:
         `outputs` names the logits [max_rows, V], then the parts of `new`, [parts, max_rows, heads, 1, head_dim].
         `inputs` returns the graph's inputs but for `input_ids`, each of at least as many rows as are bound.
         """
-        self._engine, self._pools, self._inputs = engine, pools, inputs
+        self._engine, self._pool, self._inputs = engine, pools[0], inputs
         self._ids = np.zeros((len(logits), 1), np.int64)
         self._logits, self._new = logits, new
         self._outputs = dict(zip(outputs, [logits, *new], strict=True))
         self._bindings: dict[int, Callable[[], None]] = {}  # by number of rows
-        self._bound = [pool.arrays for pool in pools]
+        for pool in pools:
+            pool.on_move = self._bindings.clear
 
     def __call__(self, tokens: Int64Array) -> FloatArray:
         """tokens [rows] -> logits [rows, V], valid until the next step."""
-        pool = self._pools[0]
-        rows = pool.rows
-        pool.make_room()
+        rows = self._pool.rows
+        self._pool.make_room()
         self._ids[:rows, 0] = tokens
         self._binding(rows)()
-        pool.extend(self._new[:, :rows])
+        self._pool.extend(self._new[:, :rows])
         return self._logits[:rows]
 
     def _binding(self, rows: int) -> Callable[[], None]:
-        if any(bound is not pool.arrays for bound, pool in zip(self._bound, self._pools, strict=True)):
-            self._bindings.clear()
-            self._bound = [pool.arrays for pool in self._pools]
         if rows not in self._bindings:
             inputs = {"input_ids": self._ids, **self._inputs()}
             self._bindings[rows] = self._engine.bind(

@@ -1,6 +1,6 @@
 """The interface between the models' runners and the libraries that compute ONNX graphs.
 
-ONNX Runtime (`session.py`) computes in FP32 and in integers, OpenVINO (`openvino_graph.py`) in BF16. OpenVINO is
+ONNX Runtime (`session.py`) computes in FP32, FP16 and integers, OpenVINO (`openvino_graph.py`) in BF16. OpenVINO is
 imported only if it computes: it takes time and memory.
 """
 
@@ -34,9 +34,9 @@ class Engine(Protocol):
         """Run the graph -> the named outputs, in that order, in memory of their own."""
 
     def bind(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
-        """Bind contiguous arrays -> a function that runs the graph on them in place.
+        """Bind contiguous arrays -> a function that runs the graph on what they hold then.
 
-        The binding holds addresses, so the arrays must live and stay where they are. It must bind every input.
+        The function may hold addresses, so the arrays must live and stay where they are. Every input must be bound.
         """
 
 

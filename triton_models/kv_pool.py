@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ class KvPool:
         self.lengths = np.zeros(max_rows, np.int64)  # valid columns of each row
         self._shape = (parts, max_rows, heads, head_dim)
         self._row_index = np.arange(max_rows)
+        self.on_move: Callable[[], None] = lambda: None  # called when `arrays` is another array than before
         self._allocate(BLOCK)
 
     @property
@@ -104,6 +105,7 @@ class KvPool:
         self._allocate(-(-max(columns, 1) // BLOCK) * BLOCK)
         kept = min(self.columns, old.shape[3])
         self.arrays[:, : self.rows, :, :kept] = old[:, : self.rows, :, :kept]
+        self.on_move()
 
     def _allocate(self, columns: int) -> None:
         parts, max_rows, heads, head_dim = self._shape

@@ -99,20 +99,25 @@ class Graph:
         return arrays
 
     def bind(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
-        """Bind contiguous arrays on the host -> a function that runs the graph on them in place.
+        """Bind contiguous arrays on the host -> a function that runs the graph on what they hold then.
 
-        The binding holds addresses only, so the arrays must not be reallocated.
+        On the CPU they are bound once and used in place. The binding holds addresses only, so the arrays must not be
+        reallocated. For a GPU they are bound anew at each run: ONNX Runtime copies inputs to the device when they are
+        bound, not when the graph runs.
         """
-        binding = self._session.io_binding()
-        for name, array in feeds.items():
-            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-        def run() -> None:
-            self._session.run_with_iobinding(binding)
+        def bound() -> Any:
+            binding = self._session.io_binding()
+            for name, array in feeds.items():
+                binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            for name, array in outputs.items():
+                binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            return binding
 
-        return run
+        if self._device[0] == "cpu":
+            binding = bound()
+            return lambda: self._session.run_with_iobinding(binding)
+        return lambda: self._session.run_with_iobinding(bound())
 
     def run_bound(self, feeds: Mapping[str, OrtValue], outputs: Sequence[str]) -> list[OrtValue]:
         """Run the graph -> the named outputs, in that order, in the memory of the computing device.

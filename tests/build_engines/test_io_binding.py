@@ -1,6 +1,7 @@
 """Test tensors that stay on the device that computes them.
 
-Here the device is the CPU; on a GPU only its name differs.
+Here the device is the CPU, which reads the host's memory in place. A GPU copies it when it is bound: test_decoder.py
+has a stand-in for that.
 """
 
 from __future__ import annotations

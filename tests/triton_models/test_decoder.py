@@ -1,6 +1,9 @@
 """Test the KV pool on the committed decoder graph: each row reads as if it were alone."""
 
+import ctypes
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from service.text.prompt import visual_token_ids
 from triton_models.batcher import Batcher, Event, Limits, Sequence
 from triton_models.decoder import OnnxDecoder
 from triton_models.kv_pool import BLOCK
+from triton_models.session import open_session
 
 GRAPH = Path(__file__).parents[2] / "model_repository" / "llm" / "1" / "model.onnx"
 DEFAULT = Limits()
@@ -37,6 +41,44 @@ def prompt(decoder: OnnxDecoder, seed: int, text: int, visual: int = 32, image: 
     return Prompt(np.concatenate(ids).astype(np.int32), table, extra)
 
 
+class CopiesInputs:
+    """A session on the CPU that copies inputs when they are bound and not when it runs, as ONNX Runtime does for CUDA.
+
+    It stands in for CUDA's own session, which these tests never run.
+    """
+
+    def __init__(self, graph: Path, intra_op_threads: int, *_: Any) -> None:
+        self._session = open_session(graph, intra_op_threads)
+        self.get_inputs, self.get_outputs, self.run = (
+            self._session.get_inputs, self._session.get_outputs, self._session.run,
+        )  # fmt: skip
+
+    def io_binding(self) -> "CopiedInputs":
+        return CopiedInputs(self._session.io_binding())
+
+    def run_with_iobinding(self, binding: "CopiedInputs") -> None:
+        self._session.run_with_iobinding(binding.binding)
+
+
+class CopiedInputs:
+    def __init__(self, binding: Any) -> None:
+        self.binding, self.bind_output = binding, binding.bind_output
+        self._copies: list[np.ndarray] = []
+
+    def bind_input(self, name: str, device: str, number: int, dtype: type, shape: tuple[int, ...], at: int) -> None:
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self._copies.append(np.frombuffer(ctypes.string_at(at, nbytes), dtype).copy())
+        self.binding.bind_input(name, device, number, dtype, shape, self._copies[-1].ctypes.data)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> OnnxDecoder:
+    """A decoder on the CPU, or one as on a GPU, but for the numbers."""
+    if request.param == "cuda":
+        monkeypatch.setattr("triton_models.session.open_session", CopiesInputs)
+    return OnnxDecoder(GRAPH, max_rows=8, provider=request.param)
+
+
 def from_scratch(decoder: OnnxDecoder, start: Prompt, tokens: list[int]) -> np.ndarray:
     """Return the logits [V] after the prompt and the tokens, from one prefill without any cache."""
     ids = np.concatenate([start.input_ids, np.array(tokens, np.int32)])
@@ -49,7 +91,8 @@ def join(decoder: OnnxDecoder, *prompts: Prompt) -> np.ndarray:
     return decoder.prefill(prompts, [decoder.recall(each) for each in prompts])
 
 
-def test_rows_of_different_lengths_come_and_go_and_read_as_if_alone(decoder):
+def test_rows_of_different_lengths_come_and_go_and_read_as_if_alone(either):
+    decoder = either
     generator = np.random.default_rng(0)
     starts = [prompt(decoder, seed, text) for seed, text in enumerate((3, 11, 7, 20, 1, 5))]
     said: list[list[int]] = [[] for _ in starts]
@@ -111,13 +154,43 @@ def test_the_pool_grows_and_shrinks_by_blocks_and_keeps_what_it_holds(decoder):
     np.testing.assert_allclose(logits[0], from_scratch(decoder, short, []), atol=TOLERANCE)
 
 
-def test_a_step_neither_copies_the_cache_nor_looks_at_rows_that_left(decoder):
+def test_a_step_neither_copies_the_cache_nor_looks_at_rows_that_left(decoder, monkeypatch):
     join(decoder, prompt(decoder, 1, 4), prompt(decoder, 2, 4))
     decoder.drop(0)
-    before = decoder.step(np.array([3]))
-    again = OnnxDecoder(GRAPH, max_rows=8)
-    join(again, prompt(decoder, 2, 4))
-    np.testing.assert_allclose(before, again.step(np.array([3])), atol=TOLERANCE)
+    given, bind = [], decoder._engine.bind
+    monkeypatch.setattr(decoder._engine, "bind", lambda feeds, outputs: given.append(feeds) or bind(feeds, outputs))
+    for _ in range(3):
+        decoder.step(np.array([3]))
+    (feeds,) = given
+    pasts = [array for name, array in feeds.items() if name in decoder._past]
+    assert len(pasts) == len(decoder._past)
+    assert all(np.shares_memory(past, decoder._pool.arrays) for past in pasts)
+    assert {len(array) for array in feeds.values()} == {1}
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_the_old_memory_of_a_cache_that_moved_is_free_before_the_next_step(either, grows):
+    join(either, prompt(either, 1, 4), prompt(either, 2, 4 if grows else 3 * BLOCK))
+    either.step(np.array([3, 3]))
+    old, columns = weakref.ref(either._pool.arrays), either.columns
+    if grows:
+        join(either, prompt(either, 3, 3 * BLOCK))
+    else:
+        either.drop(1)
+    assert either.columns != columns
+    assert old() is None
+
+
+def test_a_full_memory_while_the_prefix_cache_copies_fails_nobody(monkeypatch):
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    decoder = OnnxDecoder(GRAPH, max_rows=2, prefix_cache_bytes=1 << 24)
+    monkeypatch.setattr(decoder.prefixes, "keep", full)
+    start = prompt(decoder, 1, 9, image=1)
+    np.testing.assert_allclose(join(decoder, start)[0], from_scratch(decoder, start, []), atol=TOLERANCE)
+    np.testing.assert_allclose(decoder.step(np.array([5]))[0], from_scratch(decoder, start, [5]), atol=TOLERANCE)
+    assert decoder.rows == 1
 
 
 def test_a_prompt_without_an_image_is_read(decoder):

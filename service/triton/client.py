@@ -35,7 +35,7 @@ from service.core.vision import (
 from service.triton import codec
 from service.triton.calls import Calls, Metadata
 from service.triton.contract import CALLED
-from service.triton.errors import naming_constraint
+from service.triton.errors import MESSAGES, naming_constraint
 
 # The image of a probe of vqa: 1x1, black.
 _PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
@@ -154,11 +154,14 @@ class TritonClient:
         with naming_constraint(generation.sampling.guide):
             async with contextlib.aclosing(responses):
                 async for response in responses:
-                    if log_probs is None:
-                        tokens = codec.tokens(response)
-                    else:
-                        tokens, told = codec.tokens_with_log_probs(response)
-                        log_probs += told
+                    try:
+                        if log_probs is None:
+                            tokens = codec.tokens(response)
+                        else:
+                            tokens, told = codec.tokens_with_log_probs(response)
+                            log_probs += told
+                    except (LookupError, TypeError, ValueError) as exc:  # another repository's outputs
+                        raise Unavailable(MESSAGES[Unavailable].format(model="llm"), cause=str(exc)) from exc
                     left -= len(tokens)
                     if tokens:
                         yield tokens

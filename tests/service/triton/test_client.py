@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grpc
 import httpx
 import numpy as np
+import numpy.typing as npt
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
@@ -32,8 +33,9 @@ from service.core.errors import (
 )
 from service.core.guide import guide_of
 from service.core.models import Generation
-from service.core.prompt import Prompt
+from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
+from service.core.tensors import DTYPES
 from service.core.vision import (
     CROPS,
     IMAGE_SIZE,
@@ -463,7 +465,10 @@ async def test_nothing_listens() -> None:
 
 
 class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """A Triton that answers one token, then as told: falls silent, ends without a final response, or fails."""
+    """A Triton that answers one token, then as told: falls silent, ends without a final response, or fails.
+
+    It may also send less than a token.
+    """
 
     def __init__(self, then: str) -> None:
         self.then = then
@@ -476,6 +481,10 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
                     await asyncio.Event().wait()
                 case "text":
                     yield service_pb2.ModelStreamInferResponse(error_message="Stub process 'llm_0_0' is not healthy.")
+                case "half":
+                    half = token_response()
+                    half.raw_output_contents[0] = half.raw_output_contents[0][:2]
+                    yield service_pb2.ModelStreamInferResponse(infer_response=half)
                 case "broken":
                     await context.abort(grpc.StatusCode.DATA_LOSS, "wires crossed")
 
@@ -571,6 +580,40 @@ class AttendsClips(service_pb2_grpc.GRPCInferenceServiceServicer):
         return response
 
 
+class Gives(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A Triton whose vision models give zeros in the shapes of the contract, but for one output, whatever is asked."""
+
+    def __init__(self, changed: str, array: npt.NDArray[Any], float_type: str) -> None:
+        self.changed, self.array, self.float_type = changed, array, float_type
+
+    async def ModelInfer(self, request, context):
+        model = CALLED[request.model_name]
+        response = service_pb2.ModelInferResponse()
+        for output in model.outputs:
+            tensor = output.sized(self.float_type, {"H": 4, "D": 4})
+            dims = (1, *tensor.dims) if model.batched else tuple(abs(size) for size in tensor.dims)
+            array = np.zeros(dims, DTYPES[tensor.datatype]) if tensor.name != "visual_count" else np.array([[32]], "i")
+            if tensor.name == self.changed:
+                array = self.array if self.array.ndim else np.full_like(array, self.array)
+            response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=array.shape)
+            response.raw_output_contents.append(array.tobytes())
+        return response
+
+
+BLANK = VisionFeatures(
+    np.zeros((257, 4), np.float32), *np.zeros((2, 256), np.float32), np.zeros((13, 16, 16), np.float32)
+)
+LOOKS: dict[str, Callable[[TritonClient, Question, UInt8Array], Awaitable[object]]] = {
+    "see": lambda client, question, pixels: client.see(pixels, question, Budget(), 5),
+    "vision_encoder": lambda client, _, pixels: client.encode(pixels[np.newaxis], 5),
+    "attend": lambda client, question, _: client.attend(BLANK, question, Budget(), 5),
+    "attend_448": lambda client, question, _: client.attend(
+        BLANK, question, Budget(), 5, CloserFeatures(np.zeros((1024, 4), np.float32))
+    ),
+    "attend_clip": lambda client, question, _: client.attend_clip([BLANK], [0.0], question, Budget(), 5),
+}
+
+
 class WatchedRows(Int8Rows):
     """Rows that note which threads made floats of them."""
 
@@ -605,6 +648,52 @@ async def test_a_response_without_its_outputs_is_a_model_that_does_not_answer(
         assert client.failing("see")
         with pytest.raises(Unavailable):
             await client.probe("attend", card)
+
+
+@pytest.mark.parametrize("float_type", ["FP32", "FP16"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 0.0])
+@pytest.mark.parametrize(
+    ("model", "output"),
+    [("see", "features"), ("vision_encoder", "features"),
+     *((name, "visual_tokens") for name in ("see", "attend", "attend_448", "attend_clip"))],
+)  # fmt: skip
+async def test_what_is_not_finite_is_the_services_fault_and_is_not_given_out(
+    model: str, output: str, number: float, float_type: str, prompts: PromptBuilder, pixels: UInt8Array
+) -> None:
+    """The LLM would blame its caller, as often as the features are found in the cache."""
+    servicer = Gives(output, np.array(number), float_type)
+    async with served(servicer) as client:
+        look_at = LOOKS[model](client, prompts.question(QUESTION), pixels)
+        if number == 0:
+            await look_at
+        else:
+            with pytest.raises(InternalError, match="not finite"):
+                await look_at
+        assert not client.failing(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "shape"),
+    [
+        ("see", "relevance", (1, 100)),
+        ("see", "texture", (2, 13, 16, 16)),
+        ("attend", "levels", (1, 8, 8)),
+        ("attend", "visual_count", (0, 1)),
+        ("attend_448", "scores", (1, 3, 64)),
+        ("attend_clip", "relevance", (2, 256)),
+        ("vision_encoder", "features", (257, 4)),
+        ("vision_encoder", "saliency", (1, 196)),
+    ],
+)
+async def test_outputs_of_another_repository_are_a_model_that_does_not_answer(
+    model: str, output: str, shape: tuple[int, ...], prompts: PromptBuilder, pixels: UInt8Array
+) -> None:
+    datatype = np.int32 if output in ("levels", "visual_count") else np.float32
+    async with served(Gives(output, np.zeros(shape, datatype), "FP32")) as client:
+        with pytest.raises(Unavailable) as caught:
+            await LOOKS[model](client, prompts.question(QUESTION), pixels)
+        assert output in caught.value.cause or "rows" in caught.value.cause
+        assert client.failing(model)
 
 
 async def test_a_clip_s_megabytes_are_made_beside_the_event_loop(prompts: PromptBuilder) -> None:
@@ -663,7 +752,13 @@ async def test_an_idle_model_is_not_probed_for_a_larger_share_of_the_time_than_i
 
 @pytest.mark.parametrize(
     ("then", "error"),
-    [("silent", Unavailable), ("ends", InternalError), ("text", Unavailable), ("broken", InternalError)],
+    [
+        ("silent", Unavailable),
+        ("ends", InternalError),
+        ("text", Unavailable),
+        ("half", Unavailable),
+        ("broken", InternalError),
+    ],
 )
 async def test_a_stream_that_goes_wrong_ends_typed(then: str, error: type[GlimpseError], asker: Asker) -> None:
     async with served(Scripted(then)) as client:

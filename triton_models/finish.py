@@ -1,6 +1,6 @@
 """Turn each response's token ids into raw bytes: the `finish` step of `vqa`.
 
-A character may be split over two responses.
+A character may be split over two responses, and max_tokens may cut the last one.
 """
 
 from __future__ import annotations

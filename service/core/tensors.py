@@ -194,7 +194,9 @@ _TEXTS = (
     Tensor("image_bytes", "UINT8", (-1,), "the file of one image"),
     Tensor("question", "UINT8", (-1,), "UTF-8"),
 )
-_ANSWER = Tensor("answer", "UINT8", (-1,), "the responses' concatenation is UTF-8")
+_ANSWER = Tensor(
+    "answer", "UINT8", (-1,), "the responses' concatenation is UTF-8, but for a character that max_tokens cuts"
+)
 _ASKED = (*QUESTION, _BUDGET)
 _SEEN = (*_VISUAL, *_RELEVANCE)
 

@@ -23,6 +23,7 @@ from service.core.payer import NOBODY, Payer
 from service.core.prompt import Prompt
 from service.core.request import MAX_TOP_LOG_PROBS, Sampling
 from service.core.tensors import CLIP_WEIGHTS
+from triton_models import spans
 from triton_models.batcher import Batcher, Closed, Event, Limits, QueueFull, Sequence
 from triton_models.costs import Costs, ServerCpu, payer_of
 from triton_models.delivery import Delivery
@@ -31,8 +32,6 @@ from triton_models.guiding import Guiding
 from triton_models.language_model import open_language_model
 from triton_models.parameters import Parameters
 from triton_models.prefix_cache import naming_rows
-from triton_models.spans import begin
-from triton_models.spans import end as end_span
 from triton_models.tensors import read, write
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Caller:
         span, self.span = self.span, None
         if span is not None:
             span.set_attribute("glimpse.completion_tokens", self.generated)
-            end_span(span, fault)
+            spans.end(span, fault)
 
     def _respond(self) -> None:
         last = self.untold[-1]
@@ -202,6 +201,7 @@ class TritonPythonModel:
         for sequence in self._batcher.drain():
             with contextlib.suppress(Exception):  # the caller may be gone
                 sequence.owner.fail("the model is being unloaded", "UNAVAILABLE", Closed.__name__)
+        spans.close("llm")
 
     def _take(self, request: Any, caller: Caller) -> None:
         inputs = {tensor.name(): read(tensor) for tensor in request.inputs()}
@@ -212,7 +212,7 @@ class TritonPythonModel:
             self._batcher.stop(request.request_id())
             caller.end()
         else:
-            caller.span = begin("llm", request)
+            caller.span = spans.begin("llm", request)
             sequence = self._reader.read(request.request_id(), inputs)
             sequence.sampling = replace(sequence.sampling, log_probs=not LOG_PROBS.isdisjoint(caller.outputs))
             sequence.owner, caller.streaming = caller, sequence.sampling.streaming

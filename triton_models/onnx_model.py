@@ -15,11 +15,11 @@ from onnxruntime import OrtValue
 
 from service.core.errors import InvalidRequest
 from service.core.tensors import MODELS
+from triton_models import spans
 from triton_models.costs import Costs, ServerCpu
 from triton_models.engine import Array, Engine, open_engine
 from triton_models.parameters import Parameters
 from triton_models.session import Graph
-from triton_models.spans import spans
 from triton_models.unary import answer, answer_bound
 
 CALLED_FOR_EACH = ("relevance_allocator", "relevance_allocator_448")  # each question asks one of them about each image
@@ -56,11 +56,15 @@ class TritonPythonModel:
         self._costs.start()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        with spans(self._name, requests), self._costs.of(requests):
-            return answer_bound(requests, self._infer_bound) if self._bound else answer(requests, self._infer)
+        with self._costs.of(requests):
+            return spans.recorded(self._name, requests, lambda: self._answer(requests))
 
     def finalize(self) -> None:
         self._costs.close()
+        spans.close(self._name)
+
+    def _answer(self, requests: Sequence[Any]) -> list[Any]:
+        return answer_bound(requests, self._infer_bound) if self._bound else answer(requests, self._infer)
 
     def _infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         self._require_few(inputs[name].shape[0] for name in OF_FRAMES if name in inputs)

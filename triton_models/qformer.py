@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from triton_models import spans
 from triton_models.costs import Costs
 from triton_models.parameters import Parameters
 from triton_models.query_groups import GroupRunner
-from triton_models.spans import spans
 from triton_models.unary import answer
 
 
@@ -25,8 +25,9 @@ class TritonPythonModel:
         self._costs.start()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        with spans("qformer", requests), self._costs.of(requests):
-            return answer(requests, self._runner.run)
+        with self._costs.of(requests):
+            return spans.recorded("qformer", requests, lambda: answer(requests, self._runner.run))
 
     def finalize(self) -> None:
         self._costs.close()
+        spans.close("qformer")

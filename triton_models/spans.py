@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ def begin(model: str, request: Any) -> Span | None:
     if spans is None:
         return None
     parent = json.loads(request.parameters() or "{}").get(TRACEPARENT, "")
-    return spans.start(model, parent) if parent else None
+    return spans.start(model, parent) if parent and isinstance(parent, str) else None  # clients can send any value
 
 
 def end(span: Span, fault: str = "") -> None:
@@ -52,18 +51,26 @@ def end(span: Span, fault: str = "") -> None:
     span.end()
 
 
-@contextmanager
-def spans(model: str, requests: Sequence[Any]) -> Iterator[None]:
-    """Record the block as a span of each traced request. The spans of one batch have the same time and its size."""
-    begun = [span for request in requests if (span := begin(model, request)) is not None]
-    for span in begun:
-        span.set_attribute("glimpse.batch", len(requests))
-    fault = ""
+def recorded(model: str, requests: Sequence[Any], run: Callable[[], list[Any]]) -> list[Any]:
+    """Record `run` as a span of each traced request -> its responses, one a request. A span fails with its response.
+
+    The spans of one batch have the same time and its size.
+    """
+    begun = [begin(model, request) for request in requests]
+    faults = ["model"] * len(requests)
     try:
-        yield
-    except Exception as error:
-        fault = type(error).__name__
-        raise
+        responses = run()
+        faults = ["model" if response.has_error() else "" for response in responses]
+        return responses
     finally:
-        for span in begun:
-            end(span, fault)
+        for span, fault in zip(begun, faults, strict=True):
+            if span is not None:
+                span.set_attribute("glimpse.batch", len(requests))
+                end(span, fault)
+
+
+def close(model: str) -> None:
+    """Send the spans that have ended, at the model's end; wait a few seconds at most."""
+    spans = _spans(model)
+    if spans is not None:
+        spans.close()

@@ -102,6 +102,9 @@ class InferenceResponse:
         self.outputs = {tensor.name(): np.from_dlpack(tensor) for tensor in output_tensors or []}
         self.error = error
 
+    def has_error(self) -> bool:
+        return self.error is not None
+
 
 @dataclass
 class ResponseSender:

@@ -11,19 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import Span, StatusCode
 from triton_python_backend_utils import InferenceRequest, MetricFamily, ResponseSender, start_arguments
 
 from service.core.card import ModelCard
 from service.core.request import Sampling
 from service.text.prompt import load_tokenizer, token_bytes
 from tests.support.servers import eventually
+from tests.triton_models.conftest import TRACED, Recorded
 from triton_models.batcher import Event, Sequence, ended
 from triton_models.llm import Caller, TritonPythonModel
-from triton_models.spans import spans
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 OUTPUTS = ["output_ids", "sequence_length", "cum_log_probs", "output_log_probs", "top_ids", "top_log_probs"]
@@ -502,39 +498,17 @@ def test_a_guided_request_behind_the_end_is_told(model):
     assert "unloaded" in error(late).message()
 
 
-class Spans:
-    """Stands where the model starts its spans; they are kept in memory."""
-
-    def __init__(self) -> None:
-        self._kept = InMemorySpanExporter()
-        self._provider = TracerProvider()
-        self._provider.add_span_processor(SimpleSpanProcessor(self._kept))
-
-    def start(self, name: str, _: str) -> Span:
-        return self._provider.get_tracer("test").start_span(name)
-
-    def ended(self) -> list[tuple[int, str, bool]]:
-        """Of each span that has ended: its tokens, its fault, and whether it failed."""
-        return [
-            (
-                span.attributes["glimpse.completion_tokens"],
-                span.attributes.get("error.type", ""),
-                span.status.status_code is StatusCode.ERROR,
-            )
-            for span in self._kept.get_finished_spans()
-        ]
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    recorded = Spans()
-    monkeypatch.setattr("triton_models.spans._spans", lambda _: recorded)
-    return recorded
+def ended_spans(recorded: Recorded) -> list[tuple[int, str, bool]]:
+    """Of each span that has ended: its tokens, its fault, and whether it failed."""
+    return [
+        (span.attributes["glimpse.completion_tokens"], span.attributes.get("error.type", ""), not span.status.is_ok)
+        for span in recorded.ended()
+    ]
 
 
 def traced(*given, **more):
     asked = request(*given, **more)
-    asked.parameters = lambda: json.dumps({"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"})
+    asked.parameters = lambda: json.dumps(TRACED)
     return asked
 
 
@@ -542,7 +516,7 @@ def test_a_span_ends_with_its_answer(model, recorded):
     asked = traced(max_tokens=5)
     model.execute([asked])
     assert len(tokens(asked)) == 5
-    assert recorded.ended() == [(5, "", False)]
+    assert ended_spans(recorded) == [(5, "", False)]
 
 
 def test_the_span_of_a_stopped_answer_tells_its_tokens(model, recorded):
@@ -551,7 +525,7 @@ def test_the_span_of_a_stopped_answer_tells_its_tokens(model, recorded):
     asked.sender.next()
     model.execute([traced("b", stop=np.array([[True]])), traced("a", stop=np.array([[True]]))])
     said = 1 + sum(each is not None for each in responses(asked))
-    assert recorded.ended() == [(said, "", False)]
+    assert ended_spans(recorded) == [(said, "", False)]
 
 
 def test_the_span_of_a_refused_request_ends_as_failed(recorded):
@@ -559,12 +533,12 @@ def test_the_span_of_a_refused_request_ends_as_failed(recorded):
     for asked in (traced(max_tokens=100_000), traced(temperature=np.array([[-1.0]], np.float32))):
         model.execute([asked])
         list(responses(asked))
-    assert recorded.ended()[0] == (0, "InvalidRequest", True)
+    assert ended_spans(recorded)[0] == (0, "InvalidRequest", True)
     model._batcher.close()
     closed = traced()
     model.execute([closed])
     list(responses(closed))
-    assert recorded.ended()[-1] == (0, "Closed", True)
+    assert ended_spans(recorded)[-1] == (0, "Closed", True)
     model.finalize()
 
 
@@ -574,23 +548,24 @@ def test_the_span_of_an_answer_that_the_unloaded_model_leaves_ends_as_failed(rec
     model.execute([asked])
     asked.sender.next()
     model.finalize()
-    ((said, fault, failed),) = recorded.ended()
+    ((said, fault, failed),) = ended_spans(recorded)
     assert said >= 1
     assert (fault, failed) == ("Closed", True)
+    assert recorded.ended_before_close == 1
+
+
+def test_a_parent_that_is_no_text_starts_no_span(model, recorded):
+    asked = request(max_tokens=2)
+    asked.parameters = lambda: json.dumps({"traceparent": 7})
+    model.execute([asked])
+    assert len(tokens(asked)) == 2
+    assert not recorded.ended()
 
 
 def test_a_failed_answer_has_a_failed_span(recorded):
-    caller = Caller(InferenceRequest({}, [], "").sender, ("output_ids",), span=recorded.start("llm", ""))
+    caller = Caller(InferenceRequest({}, [], "").sender, ("output_ids",), span=recorded.start("llm"))
     sequence = Sequence("", prompt=None, sampling=Sampling(), end_id=-1)
     sequence.generated = 2
     caller.say(Event(sequence, 3, 0.0, False, generated=1))
     caller.say(ended(sequence, "decode step failed: out of memory"))
-    assert recorded.ended() == [(2, "decoder", True)]
-
-
-def test_a_model_whose_batch_fails_has_failed_spans(recorded):
-    with pytest.raises(ValueError, match="broken"), spans("see", [traced(), request()]):
-        raise ValueError("broken")
-    (span,) = recorded._kept.get_finished_spans()
-    assert span.status.status_code is StatusCode.ERROR
-    assert span.attributes["error.type"] == "ValueError"
+    assert ended_spans(recorded) == [(2, "decoder", True)]

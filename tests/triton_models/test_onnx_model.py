@@ -14,7 +14,8 @@ from triton_python_backend_utils import InferenceRequest, start_arguments
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest
 from service.core.tensors import DTYPES, MODELS
-from triton_models import onnx_model
+from tests.triton_models.conftest import TRACED, Recorded
+from triton_models import onnx_model, qformer
 from triton_models.parameters import Parameters
 from triton_models.query_groups import GroupRunner
 
@@ -48,8 +49,8 @@ def adder(tmp_path):
     return model
 
 
-def request(a, b, outputs=("total", "larger")) -> InferenceRequest:
-    return InferenceRequest({"a": np.array(a, np.float32), "b": np.array(b, np.float32)}, list(outputs))
+def request(a, b, outputs=("total", "larger"), **parameters) -> InferenceRequest:
+    return InferenceRequest({"a": np.array(a, np.float32), "b": np.array(b, np.float32)}, list(outputs), **parameters)
 
 
 def test_a_batch_of_requests_is_answered_request_by_request(adder):
@@ -89,6 +90,36 @@ def test_a_faulty_request_fails_alone(adder):
     assert [response.error is None for response in answered] == [True, False, True]
     assert answered[0].outputs["total"].tolist() == [[2, 3, 4]]
     assert "dimensions" in answered[1].error.message()
+
+
+def test_the_span_of_a_faulty_request_fails_alone(adder, recorded: Recorded):
+    good, faulty = request([[1, 2, 3]], [[1, 1, 1]], **TRACED), request([[1, 2]], [[1, 1]], **TRACED)
+    adder.execute([request([[1, 2, 3]], [[1, 1, 1]]), good, faulty, good])
+    told = [(span.status.is_ok, span.attributes.get("error.type")) for span in recorded.ended()]
+    assert told == [(True, None), (False, "model"), (True, None)]
+    assert {span.attributes["glimpse.batch"] for span in recorded.ended()} == {4}
+
+
+def test_a_parent_that_is_no_text_starts_no_span_and_fails_nobody(adder, recorded: Recorded):
+    asked = [request([[1, 2, 3]], [[1, 1, 1]], **parameters) for parameters in ({"traceparent": 7}, TRACED)]
+    assert [response.error for response in adder.execute(asked)] == [None, None]
+    assert len(recorded.ended()) == 1
+
+
+def test_a_model_sends_its_last_spans_when_it_is_unloaded(adder, recorded: Recorded):
+    adder.execute([request([[1, 2, 3]], [[1, 1, 1]], **TRACED)])
+    adder.finalize()
+    assert recorded.ended_before_close == 1
+
+
+def test_the_q_former_sends_its_last_spans_too(recorded: Recorded):
+    model = qformer.TritonPythonModel()
+    model.initialize(start_arguments(REPOSITORY / "qformer", inputs=[], outputs=[]))
+    (response,) = model.execute([InferenceRequest({"vision_mask": np.ones((1, 2), np.int32)}, [], **TRACED)])
+    assert response.has_error()
+    model.finalize()
+    assert [span.status.is_ok for span in recorded.ended()] == [False]
+    assert recorded.ended_before_close == 1
 
 
 def test_a_graph_that_does_not_fit_the_configuration_fails_the_load(adder, tmp_path):

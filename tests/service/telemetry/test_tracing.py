@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
+from service.core.card import ModelCard
+from service.core.errors import InternalError
+from service.core.prompt import Question
+from service.core.request import Budget
+from service.core.vision import IMAGE_SIZE, QUESTION_TOKENS, VisionFeatures
 from service.settings import Settings
+from service.telemetry.tracing import current
+from service.triton import TritonClient
+from service.triton_server.access import Access, Ports
 from service.triton_server.supervision import EmbeddedTriton
 from tests.support.paths import PROJECT
-from tests.support.servers import Gateway, StartGateway, eventually
+from tests.support.servers import Gateway, StartGateway, eventually, free_ports
 from tests.support.traces import ReceivedSpan, Spans, otlp_receiver
 
 QUESTION = "what character is on the pink square?"
@@ -160,6 +170,29 @@ def test_a_share_of_none_leaves_what_callers_record_and_gen_ai_is_off_by_default
         answer = traced.trace(recorded, "answer")["answer"]
         assert {span.trace_id for span in spans.received} == {recorded}
         assert not [name for name in answer.attributes if name.startswith("gen_ai")]
+
+
+async def test_a_models_span_fails_with_its_response(
+    repository: Path, card: ModelCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = card.feature_shapes[IMAGE_SIZE]
+    blank = VisionFeatures(**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    question, frames = Question(*np.zeros((2, QUESTION_TOKENS), np.int32)), card.most_frames + 1
+    trace_id = secrets.randbits(128) | 1
+    access = Access.choose(Ports(metrics=free_ports(1)[0]))
+    with otlp_receiver(tmp_path) as (endpoint, spans):
+        monkeypatch.setenv("GLIMPSE_OTLP_ENDPOINT", endpoint)
+        async with (
+            TritonClient(access.url, access.url) as client,
+            EmbeddedTriton(repository, client=client, card=card, log_path=tmp_path / "log", access=access),
+        ):
+            current.set(NonRecordingSpan(SpanContext(trace_id, 1, is_remote=False, trace_flags=TraceFlags(1))))
+            with pytest.raises(InternalError):
+                await client.attend_clip([blank] * frames, [0.0] * frames, question, Budget(), timeout_s=20)
+            current.set(None)
+        eventually(lambda: spans.of(f"{trace_id:032x}"), 5, "the span is passed on")
+    (span,) = spans.of(f"{trace_id:032x}")
+    assert (span.name, span.failed) == ("attend_clip", True)
 
 
 def test_without_an_endpoint_neither_recorder_nor_exporter_is_loaded(

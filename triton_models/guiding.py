@@ -31,14 +31,19 @@ class Guiding:
         max_waiting: int,
         submit: Callable[[Sequence], None],
         refuse: Callable[[Sequence, Exception], None],
+        is_abandoned: Callable[[Sequence], bool],
     ) -> None:
-        """`submit` takes a sequence with its compiled guide; `refuse` ends one that cannot be taken."""
+        """`submit` takes a sequence with its compiled guide; `refuse` ends one that cannot be taken.
+
+        `is_abandoned` returns whether a sequence's caller has gone. Its guide is not compiled then.
+        """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_id = end_id
         self._max_waiting = max_waiting
         self._submit = submit
         self._refuse = refuse
+        self._is_abandoned = is_abandoned
         self._waiting: deque[Sequence] = deque()
         self._compiling: Sequence | None = None
         self._is_closed = False
@@ -85,12 +90,13 @@ class Guiding:
                 self._refuse(sequence, Closed(UNLOADING))
                 continue
             try:
-                guide = sequence.sampling.guide
-                if guide is not None and not sequence.cancelled and (known := guides.known(guide)) is not None:
-                    sequence.guide = known
-                elif guide is not None and not sequence.cancelled:
-                    require_small(guide)  # clients of Triton send their own
-                    sequence.guide = guides.compile(guide)
+                if (guide := sequence.sampling.guide) is not None and not sequence.cancelled:
+                    sequence.guide = guides.known(guide)
+                    if sequence.guide is None and self._is_abandoned(sequence):
+                        sequence.cancelled = True  # the batcher ends it
+                    elif sequence.guide is None:
+                        require_small(guide)  # clients of Triton send their own
+                        sequence.guide = guides.compile(guide)
                 self._submit(sequence)
             except Exception as error:  # whatever it was, it ends this sequence and not the thread
                 self._refuse(sequence, error)

@@ -37,8 +37,10 @@ from triton_models.tensors import read, write
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-# Triton's error codes by gRPC's names, which clients know.
 LOG_PROBS = {"cum_log_probs", "output_log_probs"}  # outputs
+# The gateway's bounds, in FP32 as they arrive. Far beyond them scores are infinite, and a constraint is lost.
+LEAST_PENALTY, MOST_PENALTY = float(np.float32(0.01)), 10.0
+# Triton's error codes by gRPC's names, which clients know.
 TRITON_CODES = {"INTERNAL": "INTERNAL", "INVALID_ARGUMENT": "INVALID_ARG", "UNAVAILABLE": "UNAVAILABLE"}
 
 
@@ -165,14 +167,15 @@ class TritonPythonModel:
         self._outputs = tuple(parameters.outputs)
         self._interval_s = parameters.integer("stream_interval_ms", 20, least=0) / 1e3
         self._delivery = Delivery(self._say)
-        self._batcher = Batcher(decoder, limits, lambda sequence: sequence.owner.is_gone())
+        self._batcher = Batcher(decoder, limits, _is_abandoned)
         self._guiding = Guiding(
             parameters.repository / LLM_TOKENIZER,
             decoder.vocab_size,
             card.end_id,
             max_waiting=limits.max_queue,
             submit=self._batcher.submit,
-            refuse=_refuse,
+            refuse=lambda sequence, error: _refuse(sequence.owner, error),
+            is_abandoned=_is_abandoned,
         )
         self._gauges = Gauges(self._batcher, decoder.prefixes)
         self._costs = Costs("llm", on_gpu=parameters.text("provider", "cpu") != "cpu", server=ServerCpu())
@@ -187,8 +190,8 @@ class TritonPythonModel:
             caller.interval_s = self._interval_s
             try:
                 self._take(request, caller)
-            except (InvalidRequest, QueueFull, Closed) as error:
-                caller.refuse(error)
+            except Exception as error:  # whatever it was, it ends this request only
+                _refuse(caller, error)
 
     def finalize(self) -> None:
         """Stop the loop after its current iteration; unfinished sequences get an error."""
@@ -239,9 +242,16 @@ class TritonPythonModel:
             event.sequence.cancelled = True
 
 
-def _refuse(sequence: Sequence, error: Exception) -> None:
+def _is_abandoned(sequence: Sequence) -> bool:
+    gone: bool = sequence.owner.is_gone()
+    return gone
+
+
+def _refuse(caller: Caller, error: Exception) -> None:
+    if not isinstance(error, InvalidRequest | QueueFull | Closed):
+        pb_utils.Logger.log_warn(f"llm: a request cannot be taken: {type(error).__name__}: {error}")
     with contextlib.suppress(Exception):  # the caller may be gone
-        sequence.owner.refuse(error)
+        caller.refuse(error)
 
 
 class RequestReader:
@@ -340,7 +350,11 @@ class RequestReader:
                 0 <= sampling.top_log_probs <= MAX_TOP_LOG_PROBS,
                 f"0 (none) to {MAX_TOP_LOG_PROBS}",
             ),
-            ("repetition_penalty", 0 < sampling.repetition_penalty < np.inf, "above 0"),
+            (
+                "repetition_penalty",
+                LEAST_PENALTY <= sampling.repetition_penalty <= MOST_PENALTY,
+                f"{LEAST_PENALTY:g} to {MOST_PENALTY:g}",
+            ),
         ):
             if not holds:
                 value = inputs[name].item() if name in inputs else "missing"
@@ -364,10 +378,13 @@ def _guide(inputs: Mapping[str, Any]) -> Guide | None:
     nbytes = inputs[GUIDE].size if GUIDE in inputs else 0
     if nbytes > MAX_GUIDE_BYTES:
         raise InvalidRequest(f"{GUIDE} has {nbytes:,} bytes: shorten it to at most {MAX_GUIDE_BYTES:,}", param=GUIDE)
-    kind, text = (
-        bytes(inputs[name].ravel()).decode(errors="replace") if name in inputs else ""
-        for name in ("guided_decoding_guide_type", GUIDE)
-    )
+    try:
+        kind, text = (
+            bytes(inputs[name].ravel()).decode() if name in inputs else ""
+            for name in ("guided_decoding_guide_type", GUIDE)
+        )
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest(f"{GUIDE} or its type is not UTF-8: encode the text as UTF-8", param=GUIDE) from exc
     match kind:
         case "" if not text:
             return None

@@ -179,10 +179,12 @@ def test_random_forms_of_the_benchmark_are_followed():
 def guided():
     taken, refused = [], []
 
-    def start(tokenizer=REPOSITORY / "tokenizer.json", submit=taken.append, max_waiting=9) -> Guiding:
+    def start(tokenizer=REPOSITORY / "tokenizer.json", submit=taken.append, gone=()) -> Guiding:
+        """Callers whose sequences are named in `gone` have gone."""
         return Guiding(
-            tokenizer, len(SPELLED) + 3, END, max_waiting=max_waiting, submit=submit,
+            tokenizer, len(SPELLED) + 3, END, max_waiting=9, submit=submit,
             refuse=lambda sequence, error: refused.append((sequence.request_id, error)),
+            is_abandoned=lambda sequence: sequence.request_id in gone,
         )  # fmt: skip
 
     return start, taken, refused
@@ -221,13 +223,30 @@ def test_a_guide_that_cannot_be_compiled_ends_its_sequence_alone(guided):
 def test_a_stopped_sequence_goes_on_cancelled(guided):
     start, taken, _ = guided
     guiding = start()
-    stopped = bare("stopped", regex="a")
-    for each in (stopped, bare("other", regex="a")):
-        guiding.submit(each)
-    guiding.stop("stopped")
+    with guiding._work:  # nothing is compiled meanwhile
+        for name in ("stopped", "other"):
+            guiding.submit(bare(name, regex="a"))
+        guiding.stop("stopped")
     eventually(lambda: len(taken) == 2, 20, "both have gone on")
     guiding.close()
-    assert [each.cancelled for each in taken if each is not stopped] == [False]
+    assert {each.request_id: (each.cancelled, each.guide is None) for each in taken} == {
+        "stopped": (True, True),
+        "other": (False, False),
+    }
+
+
+def test_nothing_is_compiled_for_a_caller_that_has_gone(guided):
+    start, taken, _ = guided
+    guiding = start(gone=("gone", "gone, as it was known"))
+    for name, regex in (("gone", "a"), ("other", "b"), ("gone, as it was known", "b")):
+        guiding.submit(bare(name, regex=regex))
+    eventually(lambda: len(taken) == 3, 20, "all have gone on")
+    guiding.close()
+    assert {each.request_id: (each.cancelled, each.guide is None) for each in taken} == {
+        "gone": (True, True),
+        "other": (False, False),
+        "gone, as it was known": (False, False),  # the batcher asks before the prefill
+    }
 
 
 def test_guides_that_wait_while_the_model_is_unloaded_are_refused_and_not_compiled(guided):

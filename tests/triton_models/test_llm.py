@@ -363,7 +363,12 @@ WRONG = {
     "not a number": ({"temperature": np.array([[np.nan]], np.float32)}, "it must be 0 (greedy) or more"),
     "top k": ({"runtime_top_k": np.array([[-1]], np.int32)}, "runtime_top_k is -1: it must be 0"),
     "top p": ({"runtime_top_p": np.array([[1.5]], np.float32)}, "runtime_top_p is 1.5: it must be above 0"),
-    "penalty": ({"repetition_penalty": np.array([[0]], np.float32)}, "repetition_penalty is 0.0: it must be above 0"),
+    "penalty": (
+        {"repetition_penalty": np.array([[0]], np.float32)},
+        "repetition_penalty is 0.0: it must be 0.01 to 10",
+    ),
+    "tiny penalty": ({"repetition_penalty": np.array([[1e-38]], np.float32)}, "it must be 0.01 to 10"),
+    "large penalty": ({"repetition_penalty": np.array([[10.5]], np.float32)}, "it must be 0.01 to 10"),
     "two numbers": ({"temperature": np.array([[1, 2]], np.float32)}, "temperature must be one number"),
     "length": ({"input_lengths": np.array([[99]], np.int32)}, "input_lengths is 99"),
     "rows": ({"prompt_vocab_size": np.array([[31]], np.int32)}, "prompt_embedding_table is [32, "),
@@ -391,6 +396,32 @@ def test_a_wrong_request_is_told_what_is_wrong(model, inputs, message):
     told = error(wrong)
     assert told.code == "INVALID_ARG"
     assert message in told.message()
+    assert len(tokens(fine)) == 2
+
+
+@pytest.mark.parametrize("extreme", [0.01, 10.0])
+@pytest.mark.parametrize("temperature", [0.0, 1e-38, 1e38])
+def test_extreme_numbers_leave_a_constraint_in_force(model, extreme, temperature):
+    numbers = {"repetition_penalty": extreme, "temperature": temperature, "runtime_top_p": 1e-38 if temperature else 1}
+    asked = guided("regex", "violet", **{name: np.array([[value]], np.float32) for name, value in numbers.items()})
+    model.execute([asked])
+    spelled = token_bytes(load_tokenizer(REPOSITORY / "tokenizer.json"))
+    assert b"".join(spelled[token] for token in tokens(asked)).strip() == b"violet"
+
+
+def test_a_request_that_cannot_be_taken_ends_alone_even_if_its_caller_has_gone(model, monkeypatch):
+    read = model._reader.read
+
+    def full(request_id: str, inputs: dict) -> Sequence:
+        if request_id == "large":
+            raise MemoryError("no memory for the table")
+        return read(request_id, inputs)
+
+    monkeypatch.setattr(model._reader, "read", full)
+    large, gone, fine = request("large"), request("large"), request(max_tokens=2)
+    gone.sender.broken = True
+    model.execute([gone, large, fine])
+    assert error(large).message() == "INTERNAL: no memory for the table"
     assert len(tokens(fine)) == 2
 
 
@@ -447,6 +478,10 @@ WRONG_GUIDES = {
     "long": (guided("regex", "(a|b)" * 500), "guided_decoding_guide has 2500 characters: send 1 to 2048"),
     "long schema": (guided("json_schema", f'{{"title": "{"a" * 20_000}"}}'), "json_schema has 20,012 bytes"),
     "counts": (guided("regex", "(a{250}){250}[^x]{1000}"), "guided_decoding_guide repeats something 1000 times"),
+    "no text": (
+        guided("regex", "a", guided_decoding_guide=np.array([[0x61, 0xFF]], np.uint8)),
+        "guided_decoding_guide or its type is not UTF-8",
+    ),
     "huge": (guided("regex", "a" * 600_000), "guided_decoding_guide has 600,000 bytes"),
     "no end": (
         guided("regex", "a", end_id=np.array([[-1]], np.int32)),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from service.core.errors import InvalidRequest
+from service.core.errors import InternalError, InvalidRequest
 from service.core.request import Sampling
 from service.text.prompt import place_of_image, visual_token_ids
 from triton_models.parameters import Parameters
@@ -36,6 +36,8 @@ class TritonPythonModel:
                 f"visual_count is {count}, but visual_tokens has {most} rows: send 1 to {most}", param="visual_count"
             )
         visual = inputs["visual_tokens"][:, :count]
+        if not np.isfinite(visual).all():  # the LLM would blame the client
+            raise InternalError("the vision models gave numbers that are not finite: try another image")
         text_ids = inputs["prompt_ids"][0]
         first, place = self._card.vocab_size, place_of_image(self._card, text_ids)
         extra_ids = np.zeros(count + text_ids.size, np.uint64)

@@ -123,6 +123,14 @@ def test_compose_refuses_a_count_that_its_rows_do_not_have(count):
     assert f"visual_count is {count}, but visual_tokens has 128 rows" in error.message()
 
 
+def test_what_is_not_finite_is_the_vision_models_fault_and_not_the_clients():
+    poisoned = visual(32)
+    poisoned["visual_tokens"][0, 31, 0] = np.inf
+    error = run(compose, COMPOSED, **poisoned, prompt_ids=np.array([[7]], np.int32)).error
+    assert error.code == "INTERNAL"
+    assert "not finite" in error.message()
+
+
 def test_compose_hands_the_sampling_on():
     wishes = {
         "max_tokens": np.array([[3]], np.int32),

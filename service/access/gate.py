@@ -12,6 +12,7 @@ import structlog
 from service.access.keys import Keyring, KeysError
 from service.core.access import Grant
 from service.core.errors import Unauthenticated, Unavailable
+from service.system.watch import Watch
 from service.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
@@ -98,8 +99,10 @@ class Gate:
         """Look for changes until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._source.run())
+            watch = Watch("keys")
             while True:
-                await self.look()
+                with watch.surviving():
+                    await self.look()
                 await asyncio.sleep(LOOK_INTERVAL_S)
 
     def _use(self, keyring: Keyring) -> None:

@@ -18,6 +18,7 @@ from service.access.keys import Keyring, Limits
 from service.access.windows import Hit, Later, Left, Windows
 from service.core.access import IN_HEADERS, UNLIMITED, Account, Use
 from service.core.errors import QuotaExceeded
+from service.system.watch import Watch
 from service.telemetry.metrics import Metrics
 
 MOST_BEHIND = 10_000  # settlements that wait; further ones are lost, which the tenant pays for until the minute is over
@@ -85,9 +86,11 @@ class Quotas:
         """Settle in the background until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.windows.run())
+            watch = Watch("quotas")
             while True:
                 work = await self._behind.get()
-                await work()
+                with watch.surviving():
+                    await work()
 
 
 class LimitedAccount:

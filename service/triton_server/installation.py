@@ -17,6 +17,8 @@ from pathlib import Path
 from service.system.heap import TRITON
 from service.triton_server.access import SHARED_MEMORY, Ports
 
+LISTED_WITHIN_S = 30.0  # a program's libraries, which takes milliseconds
+
 
 class StartFailed(Exception):
     """Triton cannot start here. The message names the cause and the remedy."""
@@ -118,7 +120,15 @@ def check_libraries(installation: Installation) -> None:
     """
     for program in (installation.server, installation.stub):
         environment = {**installation.environment(), "LD_TRACE_LOADED_OBJECTS": "1"}
-        listing = subprocess.run([program], env=environment, capture_output=True, text=True, check=False, timeout=30)
+        try:
+            listing = subprocess.run(
+                [program], env=environment, capture_output=True, text=True, check=False, timeout=LISTED_WITHIN_S
+            )
+        except (OSError, subprocess.TimeoutExpired) as exc:
+            raise StartFailed(
+                f"the libraries of {program} cannot be listed ({exc}): start the service again when this machine has "
+                "processes, memory and open files left; if that does not help, install nvidia-pytriton again"
+            ) from exc
         missing = sorted(line.split()[0] for line in listing.stdout.splitlines() if "not found" in line)
         if installation.preload not in listing.stdout:
             missing.append(installation.preload)

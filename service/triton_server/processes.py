@@ -31,6 +31,7 @@ GUARD = (
     "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
 )
 
+KILLED_WITHIN_S = 10.0  # after SIGKILL
 STOPPED = b"T"  # by SIGSTOP, in /proc/PID/stat
 STUB = "triton_python_backend_stub"  # the program of a model's process
 WHOLE = 4  # least parts of its command line: itself, the model, the region, and nothing after the last zero
@@ -231,19 +232,24 @@ class ServerProcess:
                 while self._has_models() and time.monotonic() < deadline:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
         finally:
-            self.kill()
+            await self.kill()
 
-    def kill(self) -> None:
+    async def kill(self) -> None:
         """Kill what is left of the server and its models, and free their shared memory.
 
-        Regions that cannot be removed now are left to the next call, or to the next start.
+        Regions that cannot be removed now are left to the next call, or to the next start. A server that the kernel
+        holds back (state D, as with a GPU that hangs) is waited for KILLED_WITHIN_S only.
         """
-        if self._process:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        with contextlib.suppress(OSError):
-            free_regions(self.shared_memory_prefix)
+        try:
+            if self._process:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                deadline = time.monotonic() + KILLED_WITHIN_S
+                while self.exit_status is None and time.monotonic() < deadline:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        finally:
+            with contextlib.suppress(OSError):
+                free_regions(self.shared_memory_prefix)
 
     def _has_models(self) -> bool:
         """Whether the server runs and has a model process, or cannot be asked for them."""

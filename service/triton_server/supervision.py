@@ -23,7 +23,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +32,7 @@ import structlog
 from service.core.card import ModelCard
 from service.core.errors import GlimpseError
 from service.core.precision import VARIABLE
+from service.system.watch import Watch
 from service.triton_server.access import SHARED_MEMORY, Access, parents
 from service.triton_server.installation import Installation, StartFailed, check
 from service.triton_server.leftovers import claim, clean_up
@@ -118,11 +119,11 @@ class EmbeddedTriton:
         self._looked_at = -math.inf  # for processes that stand still
         self._standing: set[int] = set()  # their ids, at the last look
         self._stalls = Stalls()
-        self._complaints: dict[str, str] = {}  # the last error of each watch
+        self._unknown = ""  # why a process could not be asked about at the last look
 
     async def __aenter__(self) -> EmbeddedTriton:
         await clean_up(parents(), self._proc)
-        self._installation = check(self.repository, self.access.ports)
+        self._installation = await asyncio.to_thread(check, self.repository, self.access.ports)
         self._names = [path.parent.name for path in self.repository.glob("*/config.pbtxt")]
         self._claim = claim(self.access.folder)
         try:
@@ -155,14 +156,14 @@ class EmbeddedTriton:
             watch.create_task(self._watch_answers())
 
     async def _watch_processes(self) -> None:
-        closed_at = -REGIONS_INTERVAL_S
+        closed_at, watch = -REGIONS_INTERVAL_S, Watch("processes")
         while True:
             await self._stalls.sleep(WATCH_INTERVAL_S)
             if time.monotonic() - closed_at >= REGIONS_INTERVAL_S:
                 closed_at = time.monotonic()
                 with contextlib.suppress(OSError):  # tried again
                     self._server.close_regions()  # Triton starts a model's process again by itself, with a new region
-            with self._surviving("processes"):
+            with watch.surviving():
                 if self._server.exit_status is not None:
                     self._lose(self._names)
                     log.error("triton_died", status=self._server.exit_status)
@@ -179,10 +180,10 @@ class EmbeddedTriton:
 
     async def _watch_answers(self) -> None:
         """Probe all models: a process can live without answering. `_watch_processes` acts on the result."""
-        failures = 0
+        failures, watch = 0, Watch("answers")
         while True:
             await asyncio.sleep(self._canary_interval_s)
-            with self._surviving("answers"):
+            with watch.surviving():
                 failures = await self._canary(failures)
                 self._hangs = failures >= 2
 
@@ -203,18 +204,6 @@ class EmbeddedTriton:
             return failures
         return 0
 
-    @contextlib.contextmanager
-    def _surviving(self, watch: str) -> Iterator[None]:
-        """An error of the watch's own is logged once, however often it comes, and ends nothing."""
-        try:
-            yield
-        except Exception as exc:
-            if self._complaints.get(watch) != repr(exc):
-                log.exception("supervision_failed", watch=watch)
-            self._complaints[watch] = repr(exc)
-        else:
-            self._complaints.pop(watch, None)
-
     def _dead(self) -> list[ModelProcess]:
         """The model processes that have ended. One that cannot be asked about is taken for alive."""
         dead, unknown, suspects = [], "", self._exits.suspects()
@@ -226,9 +215,9 @@ class EmbeddedTriton:
                     dead.append(process)
             except OSError as exc:
                 unknown = str(exc)
-        if unknown and unknown != self._complaints.get("status"):
+        if unknown and unknown != self._unknown:
             log.warning("model_processes_unknown", error=unknown)
-        self._complaints["status"] = unknown
+        self._unknown = unknown
         return dead
 
     def _stopped(self) -> set[str]:
@@ -265,6 +254,7 @@ class EmbeddedTriton:
             log.warning("reload_failed", models=models, error=str(exc))
             await self._restart()
         else:
+            self._watch([process for process in self._models if process not in dead])  # even if none can be listed
             for process in dead:  # Triton keeps it, because the dead instance still counts requests in flight
                 with contextlib.suppress(OSError):
                     process.region.unlink(missing_ok=True)
@@ -290,7 +280,7 @@ class EmbeddedTriton:
         started = time.monotonic()
         while True:
             self._lose(self._names)
-            self._kill()
+            await self._kill()
             await asyncio.sleep(RESTART_PAUSE_S[min(attempt, len(RESTART_PAUSE_S) - 1)])
             attempt += 1
             try:
@@ -312,7 +302,7 @@ class EmbeddedTriton:
                 if attempt == START_ATTEMPTS:
                     raise
                 log.warning("triton_crashed_at_start", attempt=attempt, error=str(exc))
-                self._kill()
+                await self._kill()
             else:
                 return
 
@@ -348,7 +338,8 @@ class EmbeddedTriton:
     async def _come_up(self) -> None:
         """Return when every model has answered."""
         while not await self._client.ready():
-            self._server.close_regions()
+            with contextlib.suppress(OSError):  # tried again
+                self._server.close_regions()
             await asyncio.sleep(0.05)
         await self._probe_all(self._start_timeout_s)
 
@@ -422,8 +413,8 @@ class EmbeddedTriton:
                 os.close(self._claim)
                 self._claim = None
 
-    def _kill(self) -> None:
-        self._server.kill()
+    async def _kill(self) -> None:
+        await self._server.kill()
         self._watch([])
 
 

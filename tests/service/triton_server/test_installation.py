@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from service.system.heap import TRITON
+from service.triton_server import installation
 from service.triton_server.access import Ports
 from service.triton_server.installation import (
     Installation,
@@ -45,6 +46,15 @@ def test_missing_libpython_is_named_with_its_package() -> None:
     with pytest.raises(StartFailed, match=r"libpython3\.8\.so.* apt-get install libpython3"):
         check_libraries(replace(found, stub=stub, library_path=""))
     check_libraries(found)
+
+
+def test_a_program_whose_libraries_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Installation.find()
+    with pytest.raises(StartFailed, match=r"the libraries of .*none cannot be listed \(.*No such file"):
+        check_libraries(replace(found, server=tmp_path / "none"))
+    monkeypatch.setattr(installation, "LISTED_WITHIN_S", 0.0)
+    with pytest.raises(StartFailed, match=r"the libraries of .*tritonserver cannot be listed \(.*timed out"):
+        check_libraries(found)
 
 
 def libpythons(installation: Installation) -> list[str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from service.triton_server import processes
+from service.triton_server.access import SHARED_MEMORY
 from service.triton_server.processes import Exits, ModelProcess, Proc, ServerProcess, Stops, region_bytes
 from tests.support.servers import eventually
 
@@ -48,7 +50,7 @@ def lost(proc: Proc) -> bool:
     try:
         return server.has_lost(ModelProcess("llm", server.pid, Path("/dev/shm/none")))
     finally:
-        server.kill()
+        asyncio.run(server.kill())
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOMEM, errno.EIO, errno.EINTR])
@@ -128,7 +130,34 @@ def test_a_model_whose_command_line_is_not_whole_cannot_be_told(length: int) -> 
         with pytest.raises(BlockingIOError, match="only part of its command line"):
             server.models()
     finally:
-        server.kill()
+        asyncio.run(server.kill())
+
+
+class Held:
+    """The process of a server that the kernel holds back."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.pid = process.pid
+        self.asked = 0
+
+    def poll(self) -> None:
+        self.asked += 1
+
+
+async def test_a_killed_server_that_does_not_end_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "KILLED_WITHIN_S", 0.05)
+    region = SHARED_MEMORY / "glimpse-test-held-1"
+    region.touch()
+    server = ServerProcess("glimpse-test-held-", Proc())
+    server.start(["/bin/sleep", "60"], dict(os.environ), subprocess.DEVNULL)
+    process = server._process
+    assert process is not None
+    held = Held(process)
+    monkeypatch.setattr(server, "_process", held)
+    await server.kill()
+    assert held.asked > 2  # other tasks had their turns meanwhile
+    assert not region.exists()
+    assert process.wait() == -signal.SIGKILL
 
 
 def test_one_call_tells_who_may_have_ended() -> None:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import pytest
 from structlog.testing import capture_logs
 
 from service.core.card import ModelCard
@@ -114,7 +115,49 @@ async def test_an_error_of_the_supervisors_own_is_told_once_and_ends_nothing(tmp
         async with supervised(client, tmp_path) as triton:
             await until(lambda: client.probes > 30)
             assert triton.ready
-    assert [line["event"] for line in lines].count("supervision_failed") == 1
+    assert [line["event"] for line in lines].count("watch_failed") == 1
+
+
+async def test_a_model_that_is_back_is_loaded_once_though_its_process_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    class Loading(Probed):
+        async def load(self, model: str, timeout_s: float) -> None:
+            loaded.append(model)
+
+    def unlisted() -> list[ModelProcess]:
+        raise BlockingIOError(11, "a process tells only part of its command line")
+
+    dead = subprocess.Popen(["true"])  # noqa: ASYNC220
+    dead.wait()
+    async with supervised(Loading(lambda _: asyncio.sleep(0)), tmp_path) as triton:
+        monkeypatch.setattr(triton._server, "models", unlisted)
+        with capture_logs() as lines:
+            triton._watch([ModelProcess("llm", dead.pid, tmp_path / "llm")])
+            await until(lambda: sum(line["event"] == "model_processes_not_listed" for line in lines) > 2)
+    assert loaded == ["llm"]
+
+
+async def test_a_region_that_cannot_be_closed_now_does_not_end_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Starting(Probed):
+        turns = 3
+
+        async def ready(self) -> bool:
+            self.turns -= 1
+            return self.turns == 0
+
+    def failing() -> None:
+        raise OSError(24, "Too many open files")
+
+    client = Starting(lambda _: asyncio.sleep(0))
+    triton = EmbeddedTriton(tmp_path, client=client, card=CARD, log_path=None, access=Access.choose())
+    monkeypatch.setattr(triton._server, "close_regions", failing)
+    await triton._come_up()
+    assert client.probes
 
 
 class Reporting(Probed):

@@ -19,6 +19,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.core.precision import Wanted
+from service.core.variant import HOST_NAME
 from service.system.environment import SecretFileError, is_service_link, with_platform, with_secrets
 
 PREFIX = "GLIMPSE_"
@@ -27,7 +28,7 @@ OF_THE_COMMAND = (
     "GLIMPSE_DEBUG",
     "GLIMPSE_API_KEY",
 )  # read by `glimpse` itself, so no setting of the service
-HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+HOST = re.compile(rf"{HOST_NAME}|[0-9A-Fa-f:.]*:[A-Za-z0-9._:%-]*")  # a name, or an address of IPv4 or IPv6
 HOST_PATTERN = re.compile(r"(\*\.)?([a-z0-9_-]+\.)*[a-z0-9_-]+")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9._:\[\]-]+")
 ENDPOINT = re.compile(r"https?://[A-Za-z0-9._\[\]:-]+:\d+/?")

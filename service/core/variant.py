@@ -8,6 +8,8 @@ from typing import Protocol
 
 DEFAULT = "default"  # the name of the only variant of a service without variants, in metrics and logs
 MOST_WEIGHT = 1_000_000
+LABEL = "[A-Za-z0-9_-]{1,63}"  # of a host's name, as a pattern: no resolver takes an empty or a longer one
+HOST_NAME = rf"{LABEL}(\.{LABEL})*\.?"
 
 
 @dataclass(frozen=True, slots=True)

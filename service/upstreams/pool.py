@@ -25,10 +25,11 @@ from service.core.prompt import Question
 from service.core.request import Budget
 from service.core.variant import DEFAULT
 from service.core.vision import CloserFeatures, Seen, SeenClip, UInt8Array, VisionFeatures
+from service.system.watch import Watch
 from service.telemetry.metrics import Metrics
 from service.upstreams.balance import Balance, Load
 from service.upstreams.breaker import Breaker, State
-from service.upstreams.resolve import resolved
+from service.upstreams.resolve import Names
 from service.upstreams.retry_budget import RetryBudget
 
 log = structlog.get_logger()
@@ -63,6 +64,7 @@ class Member:
     breaker: Breaker = field(default_factory=Breaker)
     load: Load = field(default_factory=Load)
     faults: dict[str, str] = field(default_factory=dict)  # by model, why its probe failed
+    is_probed: bool = False  # now
 
     def fault(self, now: float) -> str:
         """Return why the Triton is out; empty if it is not."""
@@ -81,7 +83,6 @@ class Group:
     variant: str
     models: tuple[str, ...]
     names: tuple[str, ...]  # addresses as they are configured
-    found: dict[str, list[str]] = field(default_factory=dict)  # addresses that each name had when it was last looked up
     members: dict[str, Member] = field(default_factory=dict)
     balance: Balance = field(default_factory=Balance)
 
@@ -132,6 +133,7 @@ class Pool:
         self.card = card
         seeing = tuple(model for model in card.called if model != "llm")
         self.vision, self.llm = Group(variant, seeing, vision), Group(variant, ("llm",), llm)
+        self._names = Names()
         self._client = client
         self._clients: dict[str, Triton] = {}  # by address; groups share them
         self._budget = budget
@@ -350,25 +352,29 @@ class Pool:
     async def watch(self, interval_s: float, timeout_s: float) -> None:
         """Probe all Tritons until `leave`, those that are out ten times as often. Follow names with DNS.
 
-        Then wait for the calls in flight, and close the connections.
+        A Triton that does not answer its probe holds up nothing but its own next probe. After `leave`, wait for the
+        calls in flight, and close the connections.
         """
+        watch = Watch("upstreams")
         try:
-            while not self._is_over:
-                await self.follow()
-                await self.probe(timeout_s, interval_s / 2)
-                for _ in range(LOOKS):
-                    await asyncio.sleep(interval_s / LOOKS)
-                    if self._is_over:
-                        break
-                    if self.faults():
-                        await self.probe(timeout_s, 0.0, only_out=True)
+            async with asyncio.TaskGroup() as probes:
+                while not self._is_over:
+                    with watch.surviving():
+                        await self.follow()
+                    self.begin_probes(probes, timeout_s, interval_s / 2)
+                    for _ in range(LOOKS):
+                        await asyncio.sleep(interval_s / LOOKS)
+                        if self._is_over:
+                            break
+                        self.begin_probes(probes, timeout_s, only_out=True)
             for _ in range(round(MOST_LEAVING_S / LEAVING_LOOK_S)):
                 if self.is_idle:
                     return
                 await asyncio.sleep(LEAVING_LOOK_S)
             log.warning("calls_cut_off", variant=self.variant, seconds=MOST_LEAVING_S)
         finally:
-            await self.close()
+            with watch.surviving():
+                await self.close()
 
     def leave(self) -> None:
         """End the watch: nobody asks these Tritons any more."""
@@ -381,14 +387,15 @@ class Pool:
         So its connections close when it has answered them.
         """
         now_there: set[str] = set()
+        there = await self._names.look({*self.vision.names, *self.llm.names})
         for group in self.groups:
-            group.found = await resolved(group.names, group.found)
-            found = dict.fromkeys(address for addresses in group.found.values() for address in addresses)
+            found = dict.fromkeys(address for name in group.names for address in there[name])
             for address in found:
                 if address not in self._clients:
-                    client = self._clients[address] = self._client(address)
-                    self._metrics.hold(self._metrics.upstream_calls, self.variant, address)
+                    client = self._client(address)
                     await client.connect()
+                    self._clients[address] = client
+                    self._metrics.hold(self._metrics.upstream_calls, self.variant, address)
                 if address not in group.members:
                     told = dict.fromkeys(group.models, UNPROBED)
                     member = group.members[address] = Member(address, self._clients[address], faults=told)
@@ -411,22 +418,31 @@ class Pool:
         ready = self._metrics.upstream_ready
         for address in addresses - self._shown:
             self._metrics.hold(ready, self.variant, address)
+        for address in addresses:  # again and again: the variant's other pool may have set it, and be gone
             ready.labels(self.variant, address).set_function(partial(self._is_ready, address))
         for address in self._shown - addresses:
             self._metrics.release(ready, self.variant, address)
         self._shown = addresses
 
-    async def probe(self, timeout_s: float, fresh_s: float = 0.0, *, only_out: bool = False) -> None:
-        """Probe every Triton, all at the same time, or only those that are out."""
+    def begin_probes(
+        self, probes: asyncio.TaskGroup, timeout_s: float, fresh_s: float = 0.0, *, only_out: bool = False
+    ) -> None:
+        """Probe every Triton, or only those that are out; none whose last probe goes on."""
         now = time.monotonic()
-        async with asyncio.TaskGroup() as probes:
-            for group in self.groups:
-                for member in list(group.members.values()):
-                    if not only_out or member.fault(now):
-                        probes.create_task(self._probe(group, member, timeout_s, fresh_s))
+        for group in self.groups:
+            for member in group.members.values():
+                if not member.is_probed and (not only_out or member.fault(now)):
+                    member.is_probed = True
+                    probes.create_task(self._probe(group, member, timeout_s, fresh_s))
 
     async def _probe(self, group: Group, member: Member, timeout_s: float, fresh_s: float) -> None:
         """A probe that succeeds closes the Triton's breaker, once its pause is over: no request has to try."""
+        try:
+            await self._probe_models(group, member, timeout_s, fresh_s)
+        finally:
+            member.is_probed = False
+
+    async def _probe_models(self, group: Group, member: Member, timeout_s: float, fresh_s: float) -> None:
         for model in group.models:
             fault, cause = "", ""
             try:
@@ -456,6 +472,7 @@ class Pool:
     async def close(self) -> None:
         """End the calls in flight with Unavailable, and close the connections."""
         clients = list(self._clients.values())
+        self._names.close()
         self._show(set())
         for address in self._clients:
             self._metrics.release(self._metrics.upstream_calls, self.variant, address)

@@ -20,10 +20,10 @@ from typing import Any, Literal, Self
 import orjson
 
 from service.core.precision import PRECISIONS, Precision
-from service.core.variant import MOST_WEIGHT
+from service.core.variant import HOST_NAME, MOST_WEIGHT
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-ADDRESS = re.compile(r"unix:.+|(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):\d{1,5}")
+ADDRESS = re.compile(rf"unix:.+|(\[[0-9A-Fa-f:.]+\]|{HOST_NAME}):[0-9]{{1,5}}")
 EVERY = "glimpse"  # as a model's name: the weights decide
 FIELDS = frozenset({"models", "tritons", "vision", "llm", "precision", "weight", "draining"})
 

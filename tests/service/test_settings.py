@@ -108,6 +108,7 @@ def test_an_address_of_redis_that_cannot_be_used_is_one_line(url, said, more):
     [
         *("http://triton:8001", "grpc://triton:8001", "triton", "triton:", ":8001", "triton:http", "triton:0"),
         *("triton:70000", "::1:8001", "[::1]", "triton:8001/", "tri ton:8001", "[::1:8001"),
+        *("triton..svc:8001", ".svc:8001", f"{'a' * 64}.svc:8001"),  # as without a variable of a shell
     ],
 )
 def test_an_address_that_is_none_is_told_what_to_write(name, address):

@@ -157,7 +157,8 @@ async def test_a_variant_whose_calls_together_take_the_budget_is_left_for_the_ne
             first_token_s=100.0,
         )
         await pool.follow()
-        await pool.probe(1.0)
+        async with asyncio.TaskGroup() as probes:
+            pool.begin_probes(probes, 1.0)
         triton.language.say(f" {name}")
         prompts = PromptBuilder(CARD, TOKENIZER)
         models.append(split.pipeline.model(pool, pool, CARD, prompts, variant=name, weight=1.0, health=pool))

@@ -11,6 +11,7 @@ from contextlib import aclosing
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from service.core.attempt_time import attempt_time, begin_attempt
 from service.core.errors import FirstTokenLate, InternalError, Overloaded, Unavailable
@@ -23,13 +24,14 @@ from service.upstreams.breaker import FAILURES_TO_OPEN
 from service.upstreams.pool import Pool
 from service.upstreams.retry_budget import RetryBudget
 from tests.service.upstreams.tritons import CARD, FakeTriton
-from tests.support.fakes import until
+from tests.support.fakes import cancelled, until
 from tests.support.samples import sample
 
 IMAGE = np.zeros((3, 224, 224), np.uint8)
 QUESTION = Question(np.zeros(32, np.int32), np.zeros(32, np.int32))
 PROMPT = Prompt(np.zeros(1, np.int32), np.zeros((0, 4), np.float32), np.zeros(1, np.uint64))
 A, B = "127.0.0.1:1", "127.0.0.1:2"
+STUCK_S = 100.0  # longer than any test takes
 
 
 def generation(**sampling: object) -> Generation:
@@ -59,8 +61,13 @@ class Setting:
 
     async def started(self) -> Setting:
         await self.pool.follow()
-        await self.pool.probe(1.0)
+        await self.probe()
         return self
+
+    async def probe(self) -> None:
+        """Probe all Tritons once."""
+        async with asyncio.TaskGroup() as probes:
+            self.pool.begin_probes(probes, 1.0)
 
     async def follow(self, *names: str) -> None:
         """Let both groups have these Tritons, and let what closes close."""
@@ -107,7 +114,7 @@ async def test_nobody_answers_before_a_probe_and_calls_are_shared_after_it(untim
     await setting.pool.follow()
     assert not setting.pool.answers
     assert setting.pool.faults() == {A: "it has not answered yet", B: "it has not answered yet"}
-    await setting.pool.probe(1.0)
+    await setting.probe()
     assert setting.pool.answers
     for _ in range(40):
         await setting.see()
@@ -136,7 +143,7 @@ async def test_a_triton_that_fails_gets_no_calls_until_a_probe_finds_it_well(unt
     setting.tritons[A].fault = None
     for member in setting.pool.vision.members.values():
         member.breaker._until = 0.0 if member.breaker._until is not None else None  # its pause is over
-    await setting.pool.probe(1.0)
+    await setting.probe()
     assert setting.pool.faults() == {}
     assert setting.counted("upstream_ready", upstream=A) == 1
 
@@ -351,7 +358,7 @@ async def test_of_tritons_that_are_all_out_one_is_tried_nevertheless():
     setting = await Setting().started()
     for triton in setting.tritons.values():
         triton.probe_fault = Unavailable("its probe fails")
-    await setting.pool.probe(1.0)
+    await setting.probe()
     assert not setting.pool.answers
     await setting.see()
 
@@ -368,7 +375,7 @@ async def test_a_triton_that_is_ejected_is_told_and_does_not_count_as_dead():
 async def test_tritons_that_a_name_has_no_more_are_left():
     setting = await Setting().started()
     await setting.follow(A, "127.0.0.1:3")
-    await setting.pool.probe(1.0)
+    await setting.probe()
     for group in setting.pool.groups:
         assert set(group.members) == {A, "127.0.0.1:3"}
         assert all(
@@ -388,7 +395,7 @@ async def test_a_triton_whose_address_is_gone_finishes_its_generation_and_gets_n
             await setting.follow(*names)
             assert setting.tritons[A].is_open
             assert (setting.shown("upstream_ready") == {A, B}) == (A in names)
-        await setting.pool.probe(1.0)
+        await setting.probe()
         await setting.see()
         rest = [token async for ids in tokens for token in ids]
     assert [*first, *rest] == setting.tritons[A].language.tokens
@@ -439,6 +446,57 @@ async def test_the_series_of_a_triton_end_with_it():
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
     assert setting.shown("upstream_calls_total") == setting.shown("upstream_ready") == set()
+
+
+async def test_a_triton_that_hangs_at_its_probe_holds_up_no_other(monkeypatch):
+    """While one probe goes on, the other Triton is probed again and again, and names are looked up."""
+    setting = Setting()
+    follows = Counter[str]()
+    follow = setting.pool.follow
+
+    async def followed() -> None:
+        follows["all"] += 1
+        await follow()
+
+    monkeypatch.setattr(setting.pool, "follow", followed)
+    setting.client(A).hangs = True
+    watching = asyncio.create_task(setting.pool.watch(0.05, STUCK_S))
+    await until(lambda: follows["all"] > 5)
+    setting.tritons[B].probe_fault = Unavailable("it is gone")
+    await until(lambda: B in setting.pool.faults())
+    setting.tritons[B].probe_fault = None
+    await until(lambda: B not in setting.pool.faults())
+    assert setting.tritons[A].busy == len(setting.pool.groups)  # one probe each, all the time
+    assert setting.pool.faults() == {A: "it has not answered yet"}
+    await cancelled(watching)
+
+
+async def test_a_fault_of_our_own_ends_no_watch(monkeypatch):
+    setting, faults = Setting(), [BlockingIOError("no thread can be made"), UnicodeError("label empty or too long")]
+    follow = setting.pool.follow
+
+    async def broken() -> None:
+        if faults:
+            raise faults.pop()
+        await follow()
+
+    monkeypatch.setattr(setting.pool, "follow", broken)
+    watching = asyncio.create_task(setting.pool.watch(0.05, 1.0))
+    with capture_logs() as lines:
+        await until(lambda: setting.pool.answers)
+    assert [line["event"] for line in lines if line["log_level"] == "error"] == ["watch_failed"] * 2
+    await cancelled(watching)
+
+
+async def test_a_gauge_tells_of_the_triton_again_when_a_pool_that_shared_it_is_gone():
+    setting = await Setting(A).started()
+    changed = Pool("stable", CARD, (A,), (A,), client=FakeTriton, budget=setting.budget, metrics=setting.metrics)
+    await changed.follow()
+    await changed.close()
+    await setting.pool.follow()
+    setting.tritons[A].probe_fault = Unavailable("it is gone")
+    await setting.probe()
+    assert setting.counted("upstream_ready", upstream=A) == 0
 
 
 async def test_series_stay_while_a_variant_that_changed_has_the_same_triton():

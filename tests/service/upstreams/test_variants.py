@@ -134,6 +134,18 @@ def test_a_replaced_variant_does_not_take_the_last_weight_away():
         before.replaced(Variant("stable", "other", ("y:1",), ("y:1",), 0))
 
 
+@pytest.mark.parametrize("host", ["triton..svc", ".svc", "..", f"{'a' * 64}.svc"])
+def test_a_host_that_no_resolver_takes_is_refused(host):
+    """Such as triton.$NS.svc without the variable."""
+    with pytest.raises(VariantsError, match="tritons of next must be a list of gRPC addresses"):
+        Variant.parse("next", {"models": "m", "tritons": [f"{host}:8001"]})
+
+
+@pytest.mark.parametrize("host", ["triton", "a_b.c-d.", f"{'a' * 63}.{'b' * 63}", "10.0.0.1", "[::1]"])
+def test_other_hosts_are_taken(host):
+    assert Variant.parse("next", {"models": "m", "tritons": [f"{host}:8001"]}).llm == (f"{host}:8001",)
+
+
 def told(variant: Variant) -> dict[str, object]:
     return {name: getattr(variant, name) for name in Variant.__dataclass_fields__}
 

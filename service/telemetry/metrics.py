@@ -292,6 +292,19 @@ class Metrics:
         ):
             metric.labels(variant)
 
+    def end_variant(self, variant: str) -> None:
+        """Remove the series of a variant that is gone. Those of its Tritons ended with them."""
+        for metric in (
+            self.requests,
+            self.fallbacks,
+            self.upstream_retries,
+            self.e2e_request_latency,
+            self.time_to_first_token,
+            self.prompt_tokens,
+            self.generated_tokens,
+        ):
+            metric.remove_by_labels({"variant": variant})
+
     def hold(self, metric: Counter | Gauge, variant: str, upstream: str) -> None:
         """Keep the series of a Triton until each that held them has released them."""
         self._holders[metric, variant, upstream] += 1

@@ -19,6 +19,7 @@ import structlog
 from service.core.card import Engines, ModelCard
 from service.core.precision import NotOffered, Precision
 from service.settings import Settings, SettingsError
+from service.system.watch import Watch
 from service.telemetry.metrics import Metrics
 from service.text.prompt import PromptBuilder, token_bytes
 from service.triton import TritonClient, read_engines
@@ -33,6 +34,7 @@ log = structlog.get_logger()
 LOOK_INTERVAL_S = 0.5  # a changed weight is in use so much later at most, plus the time that reading takes
 JOIN_S = 10.0  # that a new variant waits for its Tritons before it gets questions
 RETRY_S = 5.0  # between two tries to use variants whose models cannot be read
+SERIES_S = 300.0  # that a variant's counts stay in the metrics after its end: until they were read for the last time
 STOPPING = "this server is stopping"
 
 
@@ -118,6 +120,8 @@ class Fleet:
         self._waits = False  # with them, and the log says why
         self._answered_at = -math.inf  # by the monotonic clock, while something is wanted
         self._ending: list[Running] = []
+        self._ended: dict[str, float] = {}  # when variants ended whose series are still there, by the monotonic clock
+        self._called: set[str] = set()  # models that have a gauge
         metrics.ready.set_function(lambda: self.ready)
 
     def _read(self, variant: Variant) -> Running:
@@ -167,8 +171,6 @@ class Fleet:
         self.make, self._llm_tokens = make, llm_tokens
         for each in self._running.values():
             self._begin(each)
-        for name in dict.fromkeys(name for card in self.cards for name in card.called):
-            self._metrics.model_ready.labels(name).set_function(partial(self._answers, name))
         self._publish(self.models.sticky)
 
     def _begin(self, running: Running) -> None:
@@ -188,6 +190,12 @@ class Fleet:
             self._metrics.variant_weight.labels(each.variant.name).set(
                 0 if each.variant.is_draining else each.variant.weight
             )
+        called = {name for card in self.cards for name in card.called}
+        for name in called - self._called:
+            self._metrics.model_ready.labels(name).set_function(partial(self._answers, name))
+        for name in self._called - called:
+            self._metrics.model_ready.remove(name)
+        self._called = called
 
     def _answers(self, name: str) -> bool:
         """Whether a model answers in any variant."""
@@ -225,10 +233,12 @@ class Fleet:
             tasks.create_task(self.store.run())
             for each in self._running.values():
                 self._watch(each, tasks)
+            watch = Watch("variants")
             while True:
-                await self._look(tasks)
-                self._settle()
-                self._end_idle()
+                with watch.surviving():
+                    await self._look(tasks)
+                    self._settle()
+                    self._end_idle()
                 await asyncio.sleep(LOOK_INTERVAL_S)
 
     def _watch(self, running: Running, tasks: asyncio.TaskGroup) -> None:
@@ -351,4 +361,11 @@ class Fleet:
             if name not in self._running:
                 self._metrics.variant_in_flight.remove(name)
                 self._metrics.variant_weight.remove(name)
+                self._ended[name] = time.monotonic()
             log.info("variant_ended", variant=name)
+        for name, ended_at in list(self._ended.items()):
+            if name in self._running:  # it is back
+                del self._ended[name]
+            elif time.monotonic() - ended_at >= SERIES_S:
+                del self._ended[name]
+                self._metrics.end_variant(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,78 @@ async def test_changes_of_the_file_are_followed_and_a_variant_that_is_gone_ends_
         store.path.write_text("{")
         await until(lambda: fleet.metric("variants_readable") == 0)
         assert fleet.names == ["next", "third"]
+
+
+async def test_the_series_of_a_variant_end_a_while_after_it_unless_it_comes_back(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: two(repository))
+
+    def shown() -> set[str | None]:
+        return {each.labels.get("variant") for metric in fleet._metrics.registry.collect() for each in metric.samples}
+
+    def answered() -> float | None:
+        return sample(fleet._metrics, "glimpse_requests_total", {"outcome": "ok", "variant": "next"})
+
+    async with running(store) as fleet:
+        fleet._metrics.requests.labels("ok", "next").inc()
+        await store.change(lambda before: before.without("next"))
+        await until(lambda: not fleet.tritons[PORTS["next"]].is_open)
+        await fleet.looked_twice()
+        assert answered() == 1  # Prometheus has not read it yet
+        assert sample(fleet._metrics, "glimpse_variant_weight", {"variant": "next"}) is None
+        await store.change(lambda before: before.added(variant("next", repository)))
+        await until(lambda: fleet.names == ["stable", "next"])
+        monkeypatch.setattr(fleet_module, "SERIES_S", 0.0)
+        await fleet.looked_twice()
+        assert answered() == 1
+        await store.change(lambda before: before.without("next"))
+        await until(lambda: "next" not in shown())
+        assert "stable" in shown()
+
+
+async def test_a_gauge_tells_of_the_models_that_a_variant_in_use_calls_and_of_no_others(
+    tmp_path: Path, repository: Path
+) -> None:
+    plain, both = tmp_path / "plain", ("attend_448", "see")
+
+    def gauges() -> list[float | None]:
+        return [sample(fleet._metrics, "glimpse_model_ready", {"model": name}) for name in both]
+
+    shutil.copytree(repository, plain)
+    card = json.loads((plain / "card.json").read_text())
+    (plain / "card.json").write_text(json.dumps(card | {"closer_view": False}))
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: Variants({"stable": variant("stable", plain)}))
+    async with running(store) as fleet:
+        assert gauges() == [None, 1]
+        await store.change(lambda before: before.added(variant("next", repository)))
+        await until(lambda: fleet.names == ["stable", "next"])
+        assert gauges() == [1, 1]
+        await store.change(lambda before: before.without("next"))
+        await until(lambda: fleet.names == ["stable"])
+        assert gauges() == [None, 1]
+
+
+async def test_a_fault_of_our_own_ends_no_fleet(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = VariantsFile(tmp_path / "variants.json")
+    await store.change(lambda _: two(repository))
+    async with running(store) as fleet:
+        changed, faults = store.changed, [RuntimeError("can't start new thread")] * 3
+
+        async def broken() -> Variants | None:
+            if faults:
+                raise faults.pop()
+            return await changed()
+
+        monkeypatch.setattr(store, "changed", broken)
+        await store.change(lambda before: before.without("next"))
+        with capture_logs() as lines:
+            await until(lambda: fleet.names == ["stable"])
+        assert [line["event"] for line in lines if line["log_level"] == "error"] == ["watch_failed"]  # once
 
 
 def moved(repository: Path) -> Variants:

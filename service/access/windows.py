@@ -20,13 +20,16 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-from service.cache.redis_client import Command, Lane, RedisFault, Reply, close_counters, counters, fault_of, granted
+from service.cache.redis_client import Command, Lane, RedisFault, Reply, close_counters, counters, granted
+from service.cache.redis_tier import RedisTier
+from service.system.watch import Watch
 from service.telemetry.metrics import Metrics
 
 T = TypeVar("T")
@@ -34,7 +37,6 @@ Later = Callable[[], Awaitable[None]]  # work for the background
 WINDOW_S = 60
 LANE_TIMEOUT_S = 1.0
 HEARTBEAT_S = 1.0
-BROKEN = ("timeout", "unreachable", "fault")  # kinds of faults that are the connection's
 FORGOTTEN_S = 10.0  # without a heartbeat, a gateway no longer counts
 GATEWAYS = "glimpse:quota:gateways"
 LEASE_S = 15  # without a heartbeat, a gateway's open requests no longer count
@@ -79,21 +81,6 @@ redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[2]))
 redis.call('EXPIRE', KEYS[1], 60)
 return redis.call('ZCARD', KEYS[1])
 """
-
-
-class Tier(Protocol):
-    """Know whether Redis is in use."""
-
-    @property
-    def in_use(self) -> bool: ...
-
-    def failed(self, fault: RedisFault) -> None:
-        """Count a fault of the connection."""
-        ...
-
-    def refused(self, fault: RedisFault) -> None:
-        """Count a command that Redis refused."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +189,7 @@ class SharedWindows(Windows):
     def __init__(
         self,
         url: str,
-        tier: Tier,
+        tier: RedisTier,
         metrics: Metrics,
         *,
         timeout_s: float,
@@ -229,10 +216,12 @@ class SharedWindows(Windows):
         """Own the connection, and tell the others that this gateway is there, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._lane.run())
+            watch = Watch("quotas of all gateways")
             try:
                 while True:
                     if self._is_used:
-                        await self.beat()
+                        with watch.surviving():
+                            await self.beat()
                     await asyncio.sleep(HEARTBEAT_S)
             finally:
                 await close_counters(self._storage)
@@ -257,7 +246,7 @@ class SharedWindows(Windows):
         held = (command(HOLD, open_key(bucket), self._me, self._open[bucket], self._lease_s) for bucket in buckets)
         replies = None
         try:
-            replies = await self._ask(self._replies(*others, *held))
+            replies = await self._answered(self._replies(*others, *held))
         finally:
             if replies is None:  # it may still say what it said before
                 self._told = before | self._told
@@ -265,7 +254,7 @@ class SharedWindows(Windows):
 
     async def hit(self, bucket: str, unit: str, limit: int, cost: int) -> Hit:
         self._is_used = True
-        found = await self._ask(hit(self._storage, (bucket, unit), limit, cost))
+        found = await self._answered(self._counted(partial(hit, self._storage, (bucket, unit), limit, cost)))
         if found is None:
             return await super().hit(bucket, unit, limit, cost)
         # Counted here too, for the share if Redis goes.
@@ -273,7 +262,7 @@ class SharedWindows(Windows):
 
         async def back(amount: int) -> None:
             give_back(amount)
-            await self._ask(found.back(amount))
+            await self._answered(self._counted(partial(found.back, amount)))
 
         return Hit(found.fits, found.left, back)
 
@@ -285,7 +274,7 @@ class SharedWindows(Windows):
         taken, tellings = False, self._tellings
         try:
             asked = command(TAKE, open_key(bucket), self._me, self._open[bucket], self._lease_s, most)
-            replies = await self._ask(self._replies(asked))
+            replies = await self._answered(self._replies(asked))
             taken = self._open[bucket] <= self.share(most) if replies is None else bool(replies[0])
         finally:
             if not taken:
@@ -303,38 +292,23 @@ class SharedWindows(Windows):
         return tell
 
     async def _replies(self, *commands: Command) -> list[Reply]:
-        """Send commands together. Raises RedisFault if one is refused."""
-        return [granted(reply) for reply in await self._lane.ask(*commands)]
+        """Send commands together. Raises RedisFault, also if one is refused."""
+        return [granted(reply) for reply in await self._tier.ask(self._lane, self._timeout_s, *commands)]
 
-    async def _ask(self, asked: Awaitable[T]) -> T | None:
-        """Return what Redis answers; None, and counting goes on here, if it does not within its time."""
-        if not self._tier.in_use:
-            close(asked)
+    async def _counted(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask the library's counters. Raises RedisFault."""
+        async with self._tier.asking(self._storage, self._timeout_s):
+            return await ask()
+
+    async def _answered(self, answer: Awaitable[T]) -> T | None:
+        """Return what Redis answers; None, and counting goes on here, if it does not."""
+        try:
+            found = await answer
+        except RedisFault:
             self._metrics.quota_is_local.set(1)
             return None
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                found = await asked
-        except RedisFault as fault:
-            self._tell(fault)
-        except TimeoutError:
-            self._tell(RedisFault("timeout", f"no answer within {self._timeout_s * 1e3:g} ms"))
-        except Exception as exc:  # the library passes on every fault of Redis's client: see fault_of
-            self._tell(fault_of(exc))
-        else:
-            self._metrics.quota_is_local.set(0)
-            return found
-        self._metrics.quota_is_local.set(1)
-        return None
-
-    def _tell(self, fault: RedisFault) -> None:
-        (self._tier.failed if fault.kind in BROKEN else self._tier.refused)(fault)
-
-
-def close(asked: Awaitable[object]) -> None:
-    """End a coroutine that is not awaited."""
-    if asyncio.iscoroutine(asked):
-        asked.close()
+        self._metrics.quota_is_local.set(0)
+        return found
 
 
 def command(script: str, key: str, *arguments: str | float) -> Command:

@@ -31,7 +31,7 @@ class SharedTier(Protocol):
     async def find(self, key: FeatureKey[Features], patience_s: float) -> Features | None:
         """Find features, or wait up to `patience_s` for another gateway's encode.
 
-        None: the caller encodes, then calls `put` or `give_up`.
+        None: the caller encodes, then calls `put` or `give_up`. If it is cancelled there is nothing to give up.
         """
         ...
 
@@ -46,14 +46,10 @@ class SharedTier(Protocol):
 
 @dataclass(slots=True)
 class Found(Generic[Features]):
-    """Result of a lookup. Without features, the caller leads: it encodes, and calls `keep` or `expect`."""
+    """Result of a lookup. Without features, the caller leads: it encodes, and calls `expect`."""
 
     features: Features | None
-    brought: Features | None = None
     coming: asyncio.Task[Features] | None = None
-
-    def keep(self, features: Features) -> None:
-        self.brought = features
 
     def expect(self, coming: asyncio.Task[Features]) -> None:
         """Keep what this task will return. The flight lasts until then, even if the caller leaves before."""
@@ -117,10 +113,10 @@ class FeatureCache:
         try:
             yield found
         finally:
-            if found.brought is None and found.coming is not None:
+            if found.coming is not None:
                 self._expect(key, patient, found.coming)
             else:
-                self._encoded(key, patient, found.brought)
+                self._encoded(key, patient, None)
 
     def _expect(self, key: FeatureKey[Features], patient: bool, coming: asyncio.Task[Features]) -> None:
         """End the leader's encode when the task ends, which may be now."""
@@ -150,7 +146,7 @@ class FeatureCache:
             with waiting():
                 known = await self._shared.find(key, max(deadline - now(), 0.0) / 2)
         except BaseException:  # cancelled: another caller takes the lead
-            self._encoded(key, patient, None)
+            self._land(key, patient, None)
             raise
         if known is not None:
             self._land(key, patient, known)

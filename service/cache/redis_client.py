@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 Kind = Literal["timeout", "unreachable", "denied", "full", "refused", "fault"]
 Command = tuple[str | bytes | int, ...]
-Reply = Any  # bytes, int, True, None, or a dict from INFO; RedisFault if Redis refused that one command
+Reply = Any  # bytes, int, True, None, or a dict from INFO; RedisFault if this one command failed
 
 COUNTERS = "glimpse:quota"  # begins the keys of counters
 CLUSTER = "+cluster"  # ends the scheme of a URL
@@ -56,12 +56,16 @@ DENIED_IN_SCRIPT = ("The user executing the script can't", "ACL failure in scrip
 
 
 class RedisFault(Exception):
-    """`kind` is a metric's label. The message is for the log and holds no password."""
+    """`kind` is a metric's label. The message is for the log and holds no password.
 
-    def __init__(self, kind: Kind, message: str) -> None:
+    `is_refusal`: the connection is in order, and Redis refuses this one command.
+    """
+
+    def __init__(self, kind: Kind, message: str, *, is_refusal: bool = False) -> None:
         super().__init__(message)
         self.kind = kind
         self.message = message
+        self.is_refusal = is_refusal
 
 
 def was_closed(error: BaseException) -> bool:
@@ -77,7 +81,8 @@ def fault_of(error: BaseException) -> RedisFault:
         kind = "denied"
     if kind is None:  # a bug in the client: it must not fail a request, so it is only logged
         log.error("redis_client_fault", exc_info=error)
-    return RedisFault(kind or "fault", str(error) or type(error).__name__)
+    is_refusal = isinstance(error, foreign.ResponseError) and not isinstance(error, foreign.ClusterDownError)
+    return RedisFault(kind or "fault", str(error) or type(error).__name__, is_refusal=is_refusal)
 
 
 def counters(url: str) -> RedisStorage:
@@ -243,7 +248,7 @@ class Lane:
 
 
 def granted(reply: Reply) -> Reply:
-    """Return the reply. Raises RedisFault if Redis refused the command."""
+    """Return the reply. Raises RedisFault if it is one."""
     if isinstance(reply, RedisFault):
         raise reply
     return reply

@@ -15,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +26,15 @@ import structlog
 from service.cache.breaker import Breaker
 from service.cache.keys import AS_INT8, FeatureKey, Features
 from service.cache.records import VERSION, RecordError, pack, unpack
-from service.cache.redis_client import Command, Kind, Lane, RedisFault, Reply, granted, is_cluster
+from service.cache.redis_client import Command, Kind, Lane, RedisFault, Reply, fault_of, granted, is_cluster
 from service.core.card import ModelCard
+from service.system.watch import Watch
 from service.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 
 LANE_TIMEOUT_S = 1.0  # after this a connection counts as lost; requests stop waiting earlier (`timeout_s`)
 MOST_UNWRITTEN = 64  # records that wait to be written: 370 MB if all are closer views of the largest encoder
-MOST_UNRELEASED = 1024  # claims that wait to be released; further claims expire after `flight_s`
 INLINE_PACK_BYTES = 256 * 1024  # a larger record is packed in a thread: 1.5 MB take 1 ms
 POLL_S = 0.01  # between two lookups while another gateway encodes
 GAUGE_INTERVAL_S = 5.0
@@ -76,10 +78,11 @@ class RedisTier:
         self._is_cluster = is_cluster(url)  # INFO of one node does not cover the others
         self._metrics = metrics
         self._me = secrets.token_hex(8)
-        self._claimed: set[FeatureKey[Any]] = set()  # by callers that have not called `put` or `give_up` yet
+        self._encoding: Counter[FeatureKey[Any]] = Counter()  # callers that have not called `put` or `give_up` yet
         self._lookups = Lane(url, LANE_TIMEOUT_S)
         self._writes = Lane(url, LANE_TIMEOUT_S)  # separate, so that a write never delays a lookup
-        self._behind: asyncio.Queue[tuple[FeatureKey[Any], Any]] = asyncio.Queue(MOST_UNRELEASED)
+        self._behind: asyncio.Queue[tuple[FeatureKey[Any], Any]] = asyncio.Queue(MOST_UNWRITTEN)
+        self._over: asyncio.Queue[FeatureKey[Any]] = asyncio.Queue()  # whose claims are to be released
         self._opened = asyncio.Event()
         self._opened.set()
         self._reason = ""  # why Redis is not in use, as last logged
@@ -105,6 +108,7 @@ class RedisTier:
             tasks.create_task(self._lookups.run())
             tasks.create_task(self._writes.run())
             tasks.create_task(self._write_behind())
+            tasks.create_task(self._release_behind())
             tasks.create_task(self._try_again())
             if not self._is_cluster:
                 tasks.create_task(self._gauge())
@@ -114,22 +118,27 @@ class RedisTier:
 
         None: the caller encodes, then calls `put` or `give_up`.
         """
+        features = None
         if self.breaker.is_open:
             self._count("skipped")
-            return None
-        with self._metrics.redis_lookup.time():
+        else:
             try:
-                return await self._find(key, min(patience_s, self.limits.flight_s))
-            except RedisFault as fault:
-                self.failed(fault)
+                with self._metrics.redis_lookup.time():
+                    features = await self._find(key, min(patience_s, self.limits.flight_s))
+            except RedisFault:
                 self._count("failed")
-                return None
+            except BaseException:  # cancelled: Redis may have granted the claim
+                self._release(key)
+                raise
+        if features is None:
+            self._encoding[key] += 1
+        return features
 
     async def _find(self, key: FeatureKey[Features], patience_s: float) -> Features | None:
         """Find features as `find` does. Raises RedisFault."""
         now = asyncio.get_running_loop().time
         deadline = now() + self.limits.timeout_s
-        (record,) = await self._ask(deadline - now(), ("GET", record_key(key)))
+        (record,) = await self.ask(self._lookups, deadline - now(), ("GET", record_key(key)))
         if (features := await self._believe(record, key, deadline - now())) is not None:
             self._count("hit")
             return features
@@ -138,10 +147,8 @@ class RedisTier:
         while not ours and features is None and now() < waits_until:
             await asyncio.sleep(POLL_S)
             ours, features = await self._claim(key, self.limits.timeout_s)
-        if ours and features is None:
-            self._claimed.add(key)
-        elif ours:
-            self.give_up(key)
+        if ours and features is not None:
+            self._release(key)
         self._count("miss" if features is None else "shared")
         return features
 
@@ -149,16 +156,13 @@ class RedisTier:
         """Try to claim the encode, then read the record. Raises RedisFault.
 
         Returns whether this gateway may encode, and the features if they are there by now. The order matters: a gateway
-        writes the record before it releases its claim. If a patient caller of this gateway has the claim, its other
-        callers may encode too, because they do not wait for a patient one.
+        writes the record before it releases its claim. If a patient caller of this gateway encodes, its other callers
+        may encode too, because they do not wait for a patient one. If Redis is full or a replica, it can still be read,
+        and this gateway encodes without a claim.
         """
         claim: Command = ("SET", flight_key(key), self._me, "NX", "PX", round(self.limits.flight_s * 1e3))
-        claimed, record = await self._ask(left_s, claim, ("GET", record_key(key)))
-        if isinstance(
-            claimed, RedisFault
-        ):  # Redis is full or a replica: it can still be read, and we encode without a claim
-            self.refused(claimed)
-        return claimed is not None or key in self._claimed, await self._believe(record, key, left_s)
+        claimed, record = await self.ask(self._lookups, left_s, claim, ("GET", record_key(key)))
+        return claimed is not None or key in self._encoding, await self._believe(record, key, left_s)
 
     async def _believe(self, record: Reply, key: FeatureKey[Features], left_s: float) -> Features | None:
         """Unpack the record, and delete one that does not fit. Raises RedisFault."""
@@ -170,25 +174,48 @@ class RedisTier:
         except RecordError as error:
             self._metrics.redis_bad_records.labels(error.reason).inc()
             log.warning("redis_bad_record", reason=error.reason, key=record_key(key))
-            await self._ask(left_s, ("UNLINK", record_key(key)))
+            await self.ask(self._lookups, left_s, ("UNLINK", record_key(key)))
             return None
 
-    async def _ask(self, left_s: float, *commands: Command) -> list[Reply]:
-        """Send commands to Redis -> their replies. Raises RedisFault."""
-        try:
-            async with asyncio.timeout(left_s):
-                replies = await self._lookups.ask(*commands)
-        except TimeoutError as exc:
-            raise RedisFault("timeout", f"no answer within {self.limits.timeout_s * 1e3:g} ms") from exc
-        self.breaker.succeeded()
+    async def ask(self, lane: Lane, timeout_s: float | None, *commands: Command) -> list[Reply]:
+        """Send commands -> their replies, a RedisFault for each one that Redis refused. Raises what `asking` does."""
+        async with self.asking(lane, timeout_s):
+            replies = await lane.ask(*commands)
+            for reply in replies:
+                if isinstance(reply, RedisFault) and not reply.is_refusal:
+                    raise reply
+        for reply in replies:
+            if isinstance(reply, RedisFault):
+                self._refused(reply)
         return replies
+
+    @asynccontextmanager
+    async def asking(self, connection: object, timeout_s: float | None) -> AsyncIterator[None]:
+        """Let the block ask Redis, and count how it went.
+
+        Raises RedisFault, whatever the fault is; without any, if Redis is not in use.
+        """
+        if self.breaker.is_open:
+            raise RedisFault("unreachable", "it is not in use")
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError as exc:
+            raise self._failed(RedisFault("timeout", f"no answer within {timeout_s or 0:.3g} s"), connection) from exc
+        except RedisFault as fault:
+            self._failed(fault, connection)
+            raise
+        except Exception as exc:  # the counters' library passes on every fault of Redis's client
+            found = fault_of(exc)
+            raise (self._refused(found) if found.is_refusal else self._failed(found, connection)) from exc
+        self.breaker.succeeded(connection)
 
     def put(self, key: FeatureKey[Features], features: Features) -> None:
         """Keep the features for every gateway, in the background."""
-        self._claimed.discard(key)
+        self._ended(key)
         if self.breaker.is_open:
             self._metrics.feature_cache_writes.labels("skipped").inc()
-        elif self.unwritten >= MOST_UNWRITTEN:
+        elif self._behind.full():
             self._metrics.feature_cache_writes.labels("dropped").inc()
             self._tell(
                 "redis_writes_dropped",
@@ -196,38 +223,53 @@ class RedisTier:
                 reason=f"{MOST_UNWRITTEN} records wait to be written",
                 mend="give Redis a faster machine or network, or each Redis fewer gateways",
             )
-            self.give_up(key)
+            self._release(key)
         else:
             self._behind.put_nowait((key, features))
 
     def give_up(self, key: FeatureKey[Any]) -> None:
         """Release our claim, so that another gateway can encode the image."""
-        self._claimed.discard(key)
-        if not self.breaker.is_open and not self._behind.full():
-            self._behind.put_nowait((key, None))
+        self._ended(key)
+        self._release(key)
+
+    def _ended(self, key: FeatureKey[Any]) -> None:
+        """Record that a caller does not encode any more."""
+        self._encoding[key] -= 1
+        if self._encoding[key] <= 0:
+            del self._encoding[key]
+
+    def _release(self, key: FeatureKey[Any]) -> None:
+        """Release our claim in the background, unless another caller of this gateway encodes under it."""
+        if key not in self._encoding:
+            self._over.put_nowait(key)
 
     @property
     def unwritten(self) -> int:
         """Records that wait to be written and claims that wait to be released."""
-        return self._behind.qsize()
+        return self._behind.qsize() + self._over.qsize()
+
+    async def _release_behind(self) -> None:
+        """Release claims on the lookups' connection: a release must not wait for the records that are written."""
+        watch = Watch("claims")
+        while True:
+            key = await self._over.get()
+            with watch.surviving(), suppress(RedisFault):  # the claim then expires after `flight_s`
+                await self.ask(self._lookups, None, self._release_of(key))
+
+    def _release_of(self, key: FeatureKey[Any]) -> Command:
+        return "EVAL", RELEASE, 1, flight_key(key), self._me
 
     async def _write_behind(self) -> None:
+        watch = Watch("features for Redis")
         while True:
             key, features = await self._behind.get()
             if self.breaker.is_open:
-                if features is not None:
-                    self._metrics.feature_cache_writes.labels("skipped").inc()
+                self._metrics.feature_cache_writes.labels("skipped").inc()
                 continue
-            release: Command = ("EVAL", RELEASE, 1, flight_key(key), self._me)
-            try:
-                if features is None:
-                    self._done(*await self._writes.ask(release))
-                else:
-                    await self._write(key, features, release)
-            except RedisFault as fault:
-                self.failed(fault)
+            with watch.surviving(), suppress(RedisFault):
+                await self._write(key, features)
 
-    async def _write(self, key: FeatureKey[Features], features: Features, release: Command) -> None:
+    async def _write(self, key: FeatureKey[Features], features: Features) -> None:
         """Write the record and release the claim. Raises RedisFault if the connection fails."""
         result = "failed"
         try:
@@ -235,20 +277,12 @@ class RedisTier:
                 record = await asyncio.to_thread(pack, key, features)
             else:
                 record = pack(key, features)
-            kept, released = await self._writes.ask(
-                ("SET", record_key(key), record, "PX", round(self.limits.ttl_s * 1e3)), release
-            )
-            if self._done(kept):
+            write: Command = ("SET", record_key(key), record, "PX", round(self.limits.ttl_s * 1e3))
+            kept, _ = await self.ask(self._writes, None, write, self._release_of(key))
+            if not isinstance(kept, RedisFault):
                 result = "kept"
-            self._done(released)
         finally:
             self._metrics.feature_cache_writes.labels(result).inc()
-
-    def _done(self, reply: Reply) -> bool:
-        """Whether Redis did what was asked in the background. A refusal is counted and told."""
-        if isinstance(reply, RedisFault):
-            self.refused(reply)
-        return not isinstance(reply, RedisFault)
 
     async def _try_again(self) -> None:
         """While the breaker is open, try a lookup on the lookups' connection, so that no request waits for a trial."""
@@ -258,7 +292,7 @@ class RedisTier:
             try:
                 granted(*await self._lookups.ask(("GET", TRIAL_KEY)))
             except RedisFault as fault:
-                self.failed(fault)
+                self._failed(fault)
             else:
                 self.breaker.close(asyncio.get_running_loop().time())
                 self._opened.clear()
@@ -266,11 +300,12 @@ class RedisTier:
                 self._reason = ""
                 log.info("redis_in_use")
 
-    def refused(self, fault: RedisFault) -> None:
+    def _refused(self, fault: RedisFault) -> RedisFault:
         """Count a command that Redis refused. The connection is in order, so lookups go on."""
         self._metrics.redis_errors.labels(fault.kind).inc()
         mend = MENDS.get(fault.kind, "see the log of Redis")
         self._tell("redis_refuses_writes", fault.kind, reason=fault.message, mend=mend)
+        return fault
 
     def _tell(self, event: str, kind: str, **fields: str) -> None:
         """Log a fault that can come with every request: at most one line in COMPLAINT_INTERVAL_S."""
@@ -279,10 +314,10 @@ class RedisTier:
             self._told_at[event, kind] = now
             log.warning(event, kind=kind, **fields)
 
-    def failed(self, fault: RedisFault) -> None:
-        """Count a fault of Redis. Several in a row open the breaker."""
+    def _failed(self, fault: RedisFault, connection: object = None) -> RedisFault:
+        """Count a fault of a connection. Several in a row open the breaker."""
         self._metrics.redis_errors.labels(fault.kind).inc()
-        self.breaker.failed(asyncio.get_running_loop().time())
+        self.breaker.failed(asyncio.get_running_loop().time(), connection)
         if self.breaker.is_open:
             self._opened.set()
             self._metrics.redis_breaker_open.set(1)
@@ -291,6 +326,7 @@ class RedisTier:
                 log.warning("redis_not_in_use", kind=fault.kind, reason=fault.message)
         else:
             self._tell("redis_fault", fault.kind, reason=fault.message)
+        return fault
 
     async def _gauge(self) -> None:
         while True:

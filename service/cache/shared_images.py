@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from blake3 import blake3
 
 from service.cache.redis_client import Command, Lane, RedisFault, Reply, granted
 from service.cache.redis_tier import PREFIX, RedisTier
+from service.system.watch import Watch
 from service.telemetry.metrics import Metrics
 
 MAGIC = b"GLI1"
@@ -32,7 +34,6 @@ MOST_DELETED = 50_000  # that Redis remembers, the latest: more than are deleted
 MOST_UNWRITTEN_BYTES = 64 * 1024 * 1024
 DELETED = f"{PREFIX}:images:deleted"
 T = TypeVar("T")
-BROKEN = ("timeout", "unreachable", "fault")  # kinds of faults that are the connection's
 
 
 def key_of(address: str) -> str:
@@ -89,8 +90,10 @@ class SharedImages:
             tasks.create_task(self._reads.run())
             tasks.create_task(self._writes.run())
             tasks.create_task(self._write_behind())
+            watch = Watch("deleted images")
             while True:
-                await self.look()
+                with watch.surviving():
+                    await self.look()
                 await asyncio.sleep(LOOK_INTERVAL_S)
 
     async def find(self, address: str) -> tuple[bytes, float] | None:
@@ -103,13 +106,14 @@ class SharedImages:
             self._metrics.image_lookups.labels("redis", "skipped").inc()
             return None
         key = key_of(address)
-        replies = await self._ask(self._reads, ("ZSCORE", DELETED, address), ("GET", key), ("PTTL", key))
-        if isinstance(replies, RedisFault):
+        try:
+            asked = ("ZSCORE", DELETED, address), ("GET", key), ("PTTL", key)
+            deleted_at, record, left_ms = await self._ask(self._reads, *asked)
+        except RedisFault as fault:
             self._metrics.image_lookups.labels("redis", "failed").inc()
-            if replies.kind in BROKEN:
-                raise replies
-            return None
-        deleted_at, record, left_ms = replies
+            if fault.is_refusal:
+                return None
+            raise
         is_deleted = deleted_at is not None
         data = None
         if isinstance(record, bytes) and not is_deleted:
@@ -117,7 +121,8 @@ class SharedImages:
         if record is not None and data is None:
             if not is_deleted:
                 self._metrics.redis_bad_records.labels("image").inc()
-            await self._ask(self._reads, ("UNLINK", key))
+            with suppress(RedisFault):
+                await self._ask(self._reads, ("UNLINK", key))
         self._metrics.image_lookups.labels("redis", "miss" if data is None else "hit").inc()
         return None if data is None else (data, max(0, int(left_ms)) / 1e3)
 
@@ -126,13 +131,17 @@ class SharedImages:
         if self.is_deleted(address):
             return False
         key, record = key_of(address), await _beside(len(data), partial(record_of, address, data))
-        replies = await self._ask(self._writes, ("SET", key, record, "PX", self._ttl_ms), ("ZSCORE", DELETED, address))
-        self._metrics.image_writes.labels("failed" if isinstance(replies, RedisFault) else "kept").inc()
-        if isinstance(replies, RedisFault):
+        try:
+            asked = ("SET", key, record, "PX", self._ttl_ms), ("ZSCORE", DELETED, address)
+            _, deleted_at = await self._ask(self._writes, *asked)
+        except RedisFault:
+            self._metrics.image_writes.labels("failed").inc()
             return False
-        if replies[1] is not None or self.is_deleted(address):
+        self._metrics.image_writes.labels("kept").inc()
+        if deleted_at is not None or self.is_deleted(address):
             self.forget(address)
-            await self._ask(self._writes, ("UNLINK", key))
+            with suppress(RedisFault):
+                await self._ask(self._writes, ("UNLINK", key))
             return False
         return True
 
@@ -153,46 +162,40 @@ class SharedImages:
         the latest MOST_DELETED are kept.
         """
         now = time.time()
-        replies = await self._ask(
-            self._writes,
-            ("UNLINK", key_of(address)),
-            ("ZADD", DELETED, f"{now:.3f}", address),
-            ("ZREMRANGEBYRANK", DELETED, 0, -MOST_DELETED - 1),
-            ("ZREMRANGEBYSCORE", DELETED, "-inf", f"{now - self._ttl_s - LATE_S:.3f}"),
-            ("PEXPIRE", DELETED, self._ttl_ms + round(LATE_S * 1e3)),
-        )
-        return None if isinstance(replies, RedisFault) else bool(replies[0])
+        try:
+            was_there, *_ = await self._ask(
+                self._writes,
+                ("UNLINK", key_of(address)),
+                ("ZADD", DELETED, f"{now:.3f}", address),
+                ("ZREMRANGEBYRANK", DELETED, 0, -MOST_DELETED - 1),
+                ("ZREMRANGEBYSCORE", DELETED, "-inf", f"{now - self._ttl_s - LATE_S:.3f}"),
+                ("PEXPIRE", DELETED, self._ttl_ms + round(LATE_S * 1e3)),
+            )
+        except RedisFault:
+            return None
+        return bool(was_there)
 
     async def look(self) -> None:
         """Forget what others deleted."""
         since, now = self._looked_at - OVERLAP_S, time.time()
-        if not self.in_use:
-            return
-        replies = await self._ask(self._reads, ("ZRANGEBYSCORE", DELETED, f"{since:.3f}", "+inf"))
-        if isinstance(replies, RedisFault):
+        try:
+            (addresses,) = await self._ask(self._reads, ("ZRANGEBYSCORE", DELETED, f"{since:.3f}", "+inf"))
+        except RedisFault:
             return
         self._looked_at = now
-        found = {address.decode() for address in replies[0]}
+        found = {address.decode() for address in addresses}
         for address in found - self._told:
             self.forget(address)
         self._told = found
 
     async def _write_behind(self) -> None:
+        watch = Watch("images for Redis")
         while True:
             address, data = await self._behind.get()
             self._unwritten_bytes -= len(data)
-            await self.put(address, data)
+            with watch.surviving():
+                await self.put(address, data)
 
-    async def _ask(self, lane: Lane, *commands: Command) -> list[Reply] | RedisFault:
-        """Return Redis's replies; or why there are none: it is not in use, does not answer, or refuses a command."""
-        if not self.in_use:
-            return RedisFault("unreachable", "it is not in use")
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                return [granted(reply) for reply in await lane.ask(*commands)]
-        except TimeoutError:
-            fault = RedisFault("timeout", f"no answer within {TIMEOUT_S:g} s")
-        except RedisFault as found:
-            fault = found
-        (self._tier.failed if fault.kind in BROKEN else self._tier.refused)(fault)
-        return fault
+    async def _ask(self, lane: Lane, *commands: Command) -> list[Reply]:
+        """Return Redis's replies. Raises RedisFault if it is not in use, does not answer, or refuses a command."""
+        return [granted(reply) for reply in await self._tier.ask(lane, TIMEOUT_S, *commands)]

@@ -33,6 +33,21 @@ def test_only_failures_in_a_row_open_it():
     open_again(breaker, 2.0)
 
 
+def test_failures_on_different_connections_are_not_in_a_row():
+    breaker = closed()
+    for connection in ("lookups", "writes", "quotas") * (FAILURES_TO_OPEN - 1):
+        breaker.failed(1.0, connection)
+    breaker.succeeded("lookups")
+    assert not breaker.is_open
+    breaker.failed(1.0, "lookups")
+    assert not breaker.is_open
+    breaker.failed(1.0, "writes")
+    assert breaker.is_open
+    breaker.close(2.0)
+    breaker.failed(2.0, "quotas")
+    assert not breaker.is_open
+
+
 def test_a_late_success_does_not_close_it():
     breaker = closed()
     open_again(breaker, 1.0)

@@ -19,7 +19,7 @@ from service.cache import admin as cache_admin
 from service.cache import redis_tier
 from service.cache.keys import FeatureKey
 from service.cache.records import pack
-from service.cache.redis_client import Command, Reply
+from service.cache.redis_client import Command, Lane, RedisFault, Reply
 from service.cache.redis_tier import MOST_UNWRITTEN, flight_key, record_key
 from service.core.answer import Finished
 from service.core.card import ModelCard
@@ -256,15 +256,15 @@ async def test_each_look_at_another_gateways_encode_has_redis_whole_time(redis_s
     async with gateway(redis_server.url, redis_timeout_s=5.0, redis_flight_s=600) as house:
         redis_server.client.set(flight_key(key(1)), "another")
         given: list[float] = []
-        ask = house.shared._ask
+        ask = house.shared.ask
 
-        async def slow(left_s: float, *commands: Command) -> list[Reply]:
+        async def slow(lane: Lane, left_s: float, *commands: Command) -> list[Reply]:
             given.append(left_s)
             if len(given) == 1:
                 await asyncio.sleep(1.0)
-            return await ask(left_s, *commands)
+            return await ask(lane, left_s, *commands)
 
-        house.shared._ask = slow
+        house.shared.ask = slow
         assert await house.shared.find(key(1), 0.5) is None
         assert given[1] < 4.5
         assert given[2:] == [5.0] * (len(given) - 2) != []
@@ -305,6 +305,43 @@ async def test_a_claim_that_is_over_is_ours_no_more_and_anothers_is_waited_for(r
         redis_server.client.set(record_key(key(1)), pack(key(1), vision))
         assert await asked is not None
         assert redis_server.client.get(flight_key(key(1))) == b"another"
+
+
+async def test_a_release_does_not_wait_for_the_records_that_are_written(redis_server):
+    async with gateway(redis_server.url, redis_flight_s=600) as house:
+        vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
+        assert await house.shared.find(key(1), 0) is None
+
+        async def hang(*_: Command) -> list[Reply]:
+            return await asyncio.Event().wait()
+
+        house.shared._writes.ask = hang
+        for number in range(1000, 1000 + MOST_UNWRITTEN):
+            house.shared.put(key(number), vision)
+        house.shared.give_up(key(1))
+        await until(lambda: not redis_server.client.exists(flight_key(key(1))), STUCK_S)
+        assert house.shared.unwritten >= MOST_UNWRITTEN - 1
+
+
+@pytest.mark.parametrize("end", ["fails", "is cancelled while it looks"])
+async def test_a_claim_stays_while_another_caller_of_its_gateway_encodes(redis_server, end):
+    async with gateway(redis_server.url, redis_flight_s=600) as house:
+        shared = house.shared
+        assert await shared.find(key(1), 0) is None
+        if end == "fails":
+            assert await shared.find(key(1), 0) is None
+            shared.give_up(key(1))
+        else:
+            redis_server.pause()
+            looking = asyncio.create_task(shared.find(key(1), 0))
+            await turns()
+            await cancelled(looking)
+            redis_server.resume()
+        await until(lambda: not shared.unwritten)
+        await shared.ask(shared._lookups, None, ("GET", "x"))  # comes after a release
+        assert redis_server.client.get(flight_key(key(1))) == shared._me.encode()
+        shared.give_up(key(1))
+        await until(lambda: not redis_server.client.exists(flight_key(key(1))), STUCK_S)
 
 
 async def test_a_write_that_has_to_wait_too_long_is_dropped_and_counted(redis_server):
@@ -503,10 +540,61 @@ async def test_a_fault_that_opens_no_breaker_is_told_in_one_line(redis_server):
                 assert await ask(house, number) == "miss"
                 redis_server.resume()
                 await until(lambda: house.shared.unwritten == 0)
-                house.shared.breaker.succeeded()
+                house.shared.breaker.succeeded(house.shared._lookups)
     assert not [line for line in lines if line["event"] == "redis_not_in_use"]
     (line,) = [line for line in lines if line["event"] == "redis_fault"]
     assert line["kind"] == "timeout"
+
+
+async def test_only_faults_in_a_row_on_one_connection_stop_the_use_of_redis(redis_server):
+    async with gateway(redis_server.url) as house:
+        shared, lane = house.shared, house.shared._writes
+
+        async def fail() -> None:
+            with pytest.raises(RedisFault, match=r"no answer within 0\.01 s"):
+                async with shared.asking(lane, 0.01):
+                    await asyncio.Event().wait()
+
+        for _ in range(3):
+            await fail()
+            await fail()
+            await shared.ask(shared._lookups, None, ("GET", "x"))
+            assert shared.in_use
+            await shared.ask(lane, None, ("GET", "x"))
+        for _ in range(3):
+            assert shared.in_use
+            await fail()
+        assert not shared.in_use
+        assert errors(house, "timeout") == 9
+        with pytest.raises(RedisFault, match="not in use"):
+            await shared.ask(lane, None, ("GET", "x"))
+        assert errors(house, "timeout") == 9
+
+
+async def test_commands_that_redis_refuses_do_not_stop_its_use(redis_server):
+    async with gateway(redis_server.url) as house:
+        for _ in range(5):
+            refusal, reply = await house.shared.ask(house.shared._writes, None, ("NONE",), ("GET", "x"))
+            assert (refusal.kind, refusal.is_refusal, reply) == ("refused", True, None)
+        assert house.shared.in_use
+        assert errors(house, "refused") == 5
+
+
+async def test_a_fault_of_our_own_ends_no_writes(redis_server, monkeypatch):
+    async with gateway(redis_server.url) as house:
+        monkeypatch.setattr(redis_tier, "INLINE_PACK_BYTES", 0)
+
+        def no_thread(*_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as broken, capture_logs() as logs:
+            broken.setattr(asyncio, "to_thread", no_thread)
+            vision, _ = await house.vision.see(np.zeros((3, 224, 224)), None, Budget(), 1.0)
+            house.shared.put(key(1), vision)
+            await until(lambda: writes(house, "failed") == 1)
+        assert [line["event"] for line in logs] == ["watch_failed"]
+        house.shared.put(key(2), vision)
+        await kept(house, 1)
 
 
 class OddRedis:

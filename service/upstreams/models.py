@@ -99,10 +99,6 @@ class Model:
 
     def _check_clip(self, request: Request, clip: Clip) -> None:
         """Raises InvalidRequest if the model cannot answer about the clip."""
-        if len(request.clips) > 1:
-            raise InvalidRequest(
-                f"video is given {len(request.clips)} times: ask about one video at a time", param="video"
-            )
         most = self.card.most_frames
         if isinstance(clip.source, tuple) and clip.frames == len(clip.source) > most:
             raise InvalidRequest(

@@ -98,13 +98,12 @@ async def test_while_those_worked_on_together_may_be_late_requests_look_less_clo
     assert [(line["fidelity_level"], line["reason"]) for line in lines] == [(1, "late")]
 
 
-async def test_those_that_may_wait_for_others_are_never_late_for_them():
+@pytest.mark.parametrize(("priority", "is_late"), [(Priority.NORMAL, True), (Priority.LOW, False)])
+async def test_those_that_may_wait_for_others_are_never_late_for_them(priority, is_late):
     house = admission(Metrics(), fidelity_target_s=IMPATIENT_S)
     with house.reservation("") as first, house.reservation("") as second:
-        await worked_on_together(house, first, second, Priority.LOW)
-        for _ in range(3):
-            await turns()
-            assert house.level_now() == LEVELS[0]
+        await worked_on_together(house, first, second, priority)
+        assert (house.contention.waiting_since(time.monotonic()) is not None) == is_late
 
 
 async def test_switched_off_nobody_looks_less_closely():

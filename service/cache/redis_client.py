@@ -47,6 +47,7 @@ KINDS: tuple[tuple[type[BaseException], Kind], ...] = (
     (TimeoutError, "timeout"),
     (foreign.ConnectionError, "unreachable"),
     (OSError, "unreachable"),
+    (UnicodeError, "unreachable"),  # of the resolver: a part of the host's name is empty or too long
     (foreign.RedisError, "refused"),
 )
 

@@ -392,6 +392,19 @@ async def test_an_upload_whose_id_another_gateway_deleted_has_a_new_one(redis_se
         assert not redis_server.client.exists(key_of(address_of("", image)))
 
 
+async def test_a_fault_of_our_own_does_not_end_the_looks_for_deleted_images(redis_server, monkeypatch):
+    monkeypatch.setattr(shared_images, "LOOK_INTERVAL_S", 0.01)
+    async with two_gateways(redis_server) as (one, _):
+        looks: list[int] = []
+
+        async def failing() -> None:
+            looks.append(1)
+            raise AttributeError("no Redis replies so")
+
+        monkeypatch.setattr(one.house.shared_images, "look", failing)
+        await until(lambda: len(looks) > 2)
+
+
 async def test_a_deletion_while_redis_takes_the_image_deletes_it_again(redis_server):
     async with two_gateways(redis_server) as (one, _):
         shared, address = one.house.shared_images, address_of("", "img_" + "1" * 32)

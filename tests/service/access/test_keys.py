@@ -212,7 +212,7 @@ async def test_changes_at_the_same_time_all_count_in_redis(redis_server):
 class Source:
     """Keys that do not change, and that cannot be read while there is a fault."""
 
-    fault: KeysError | None = None
+    fault: Exception | None = None
 
     async def changed(self) -> Keyring | None:
         if self.fault is not None:
@@ -232,6 +232,19 @@ async def test_keys_that_can_be_read_again_and_did_not_change_meanwhile_are_told
             readable.append(sample(metrics, "glimpse_keys_readable"))
     assert readable == [1, 0, 0, 0, 1, 1]
     assert [line["event"] for line in logs] == ["keys_not_read", "keys_not_read", "keys_read_again"]
+
+
+async def test_a_fault_of_our_own_does_not_end_the_looks_for_keys():
+    source, metrics = Source(), Metrics()
+    source.fault = RuntimeError("can't start new thread")
+    gate = Gate(source, metrics, first=Keyring())
+    with capture_logs() as logs:
+        running = asyncio.create_task(gate.run())
+        await until(lambda: logs)
+        source.fault = KeysError("gone")
+        await until(lambda: sample(metrics, "glimpse_keys_readable") == 0)
+        await cancelled(running)
+    assert [line["event"] for line in logs] == ["watch_failed", "keys_not_read"]
 
 
 async def test_keys_that_were_made_again_in_an_emptied_redis_are_noticed(redis_server):

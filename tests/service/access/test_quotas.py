@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.access import quotas
+from service.access import quotas, windows
 from service.access.keys import Keyring, Limits
 from service.access.quotas import Bucket, LimitedAccount, Quotas, in_words
 from service.access.windows import (
@@ -290,6 +290,38 @@ async def test_the_headers_tell_of_the_limit_that_has_least_left(tmp_path: Path,
     async with calling(keys=str(keys.path), quota_requests_per_minute=tenants) as caller:
         told = (await caller.http.post("/v1/vqa", json=ASKED, headers=bearer(key))).headers
         assert (told["x-ratelimit-limit-requests"], told["x-ratelimit-remaining-requests"]) == ("3", "2")
+
+
+async def test_a_settlement_that_fails_does_not_end_those_behind_it():
+    async with calling() as caller:
+        settled = asyncio.Event()
+
+        async def failing() -> None:
+            raise RuntimeError("a fault of our own")
+
+        async def settling() -> None:
+            settled.set()
+
+        caller.house.quotas.later(failing)
+        caller.house.quotas.later(settling)
+        async with asyncio.timeout(20):
+            await settled.wait()
+
+
+async def test_a_heartbeat_that_fails_is_not_the_last(redis_server, monkeypatch):
+    monkeypatch.setattr(windows, "HEARTBEAT_S", 0.01)
+    async with calling(redis_url=redis_server.url) as caller:
+        shared, beats = shared_windows(caller, redis_server), list[int]()
+
+        async def failing() -> None:
+            beats.append(1)
+            raise TypeError("no Redis replies so")
+
+        monkeypatch.setattr(shared, "beat", failing)
+        running = asyncio.create_task(shared.run())
+        await shared.hit("tenant/acme", "requests", 5, 1)
+        await until(lambda: len(beats) > 2)
+        await cancelled(running)
 
 
 async def test_settlements_that_nobody_does_are_lost_at_some_number_and_counted(monkeypatch):

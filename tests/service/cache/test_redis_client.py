@@ -1,3 +1,4 @@
+import asyncio
 import inspect
 
 import pytest
@@ -5,6 +6,7 @@ import redis.exceptions as foreign
 from structlog.testing import capture_logs
 
 from service.cache.redis_client import Lane, RedisFault, connect, counters, fault_of
+from tests.support.fakes import cancelled
 
 EVERY = [
     error
@@ -75,6 +77,15 @@ def test_what_nobody_foresaw_is_a_fault_and_is_logged_with_its_traceback():
     with capture_logs() as logs:
         assert fault_of(AttributeError("'NoneType' object has no attribute 'read'")).kind == "fault"
     assert [line["event"] for line in logs] == ["redis_client_fault"]
+
+
+async def test_a_host_that_no_resolver_takes_is_not_reached():
+    lane = Lane("redis://a..b:6379", 1.0)
+    running = asyncio.create_task(lane.run())
+    with capture_logs() as logs, pytest.raises(RedisFault) as caught:
+        await lane.ask(("GET", "x"))
+    assert (caught.value.kind, logs) == ("unreachable", [])
+    await cancelled(running)
 
 
 @pytest.mark.parametrize("url", ["http://x", "redis://x:port", "x", "redis+cluster://x:port", "redis+cluster://x/1"])

@@ -29,8 +29,8 @@ from service.core.request import (
     seen_detail,
     text_of,
 )
-from service.core.variant import ANY, Route
 from service.core.viewport import AskedFit
+from service.edges.caller import NOBODY, Caller
 from service.edges.image_text import source_of
 
 SHORT_SHARE = 0.9  # of the default timeout
@@ -91,16 +91,7 @@ class Fields:
     json_schema: Mapping[str, Any] | None = None
 
 
-def to_request(
-    fields: Fields,
-    card: ModelCard,
-    limits: QuestionLimits,
-    *,
-    tenant: str = "",
-    trace_id: str = "",
-    traceparent: str = "",
-    route: Route = ANY,
-) -> Request:
+def to_request(fields: Fields, card: ModelCard, limits: QuestionLimits, caller: Caller = NOBODY) -> Request:
     """Check the fields against each other, the limits and the model. Raises InvalidRequest."""
     front = _in_front(fields)
     parts, exchanges, system = _stripped(fields.parts), _exchanges(fields), _system(fields, card)
@@ -136,11 +127,11 @@ def to_request(
         is_hurried=limits.is_short(timeout_s),
         priority=fields.priority,
         min_confidence=fields.min_confidence,
-        trace_id=trace_id,
-        traceparent=traceparent,
-        tenant=tenant,
+        trace_id=caller.trace_id,
+        traceparent=caller.traceparent,
+        tenant=caller.tenant,
         gave_budget=(fields.vision_tokens is not None, fields.visual_tokens is not None),
-        route=route,
+        route=caller.route,
     )
 
 

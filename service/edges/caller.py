@@ -41,6 +41,9 @@ class Caller:
     route: Route = ANY  # which variant may answer
 
 
+NOBODY = Caller("", "")
+
+
 def tenant_in(word: str) -> str:
     """Check and return the tenant's name; it is empty if the caller gives none. Raises InvalidRequest."""
     if word and not TENANT.fullmatch(word):

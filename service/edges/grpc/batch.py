@@ -90,15 +90,7 @@ class BatchCall:
             raise InvalidRequest(f"timeout_s must be at least {LEAST_TIMEOUT_S:g}", param="timeout_s")
         message = question_in(question.data)
         fields = fields_of(message, stream=False, timeout_s=question.timeout_s, priority=Priority.LOW)
-        request = to_request(
-            fields,
-            pipeline.card_for(caller.route),
-            self.edge.questions,
-            tenant=caller.tenant,
-            trace_id=caller.trace_id,
-            traceparent=caller.traceparent,
-            route=caller.route,
-        )
+        request = to_request(fields, pipeline.card_for(caller.route), self.edge.questions, caller)
         asked, said, end = await batch.answer(request, reservation)
         return answer_message(asked.id, pipeline.card.name, (said.text,), end, message.explain, said.log_probs)
 

@@ -91,17 +91,8 @@ class VisualQuestionAnswering:
         await self.edge.turns.next()
         message = question_in(received)
         fields = fields_of(message, stream=stream, timeout_s=call.timeout_s())
-        card, caller = self.edge.pipeline.card_for(call.caller.route), call.caller
-        request = to_request(
-            fields,
-            card,
-            self.edge.questions,
-            tenant=caller.tenant,
-            trace_id=caller.trace_id,
-            traceparent=caller.traceparent,
-            route=caller.route,
-        )
-        return request, message.explain
+        card = self.edge.pipeline.card_for(call.caller.route)
+        return to_request(fields, card, self.edge.questions, call.caller), message.explain
 
     @property
     def model(self) -> str:

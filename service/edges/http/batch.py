@@ -141,15 +141,7 @@ class ResultStream(Response):
         """Parse and answer one question. Raises GlimpseError."""
         limits, card = self.edge.questions, self.edge.pipeline.card_for(self.caller.route)
         parsed, fields = await parse_json(question, limits.max_question_chars, BatchQuestion)
-        request = to_request(
-            fields,
-            card,
-            limits,
-            tenant=self.caller.tenant,
-            trace_id=self.caller.trace_id,
-            traceparent=self.caller.traceparent,
-            route=self.caller.route,
-        )
+        request = to_request(fields, card, limits, self.caller)
         asked, said, end = await batch.answer(request, self.reservation)
         fields_of_end = VqaEnd.fields_of(asked.id, card.name, end, bool(parsed.explain))
         logprobs = TokenLogprob.all_of(said) if request.sampling.log_probs else None

@@ -110,14 +110,6 @@ async def estimate(request: Request) -> Response:
     await edge.turns.next()
     _, fields = await parse_question(body, request.headers.get("content-type", JSON), edge)
     card = edge.pipeline.card_for(caller.route)
-    question = to_request(
-        fields,
-        card,
-        edge.questions,
-        tenant=caller.tenant,
-        trace_id=caller.trace_id,
-        traceparent=caller.traceparent,
-        route=caller.route,
-    )
+    question = to_request(fields, card, edge.questions, caller)
     async with present(request.receive, question.timeout_s, reservation):
         return JsonResponse(VqaEstimate.of(await edge.pipeline.estimate(question, reservation), card.name))

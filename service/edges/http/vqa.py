@@ -45,16 +45,7 @@ async def ask(request: Request) -> Response:
         body: Sequence[bytes], content_type: str, caller: Caller
     ) -> tuple[VqaRequest | VqaForm, core_request.Request]:
         parsed, fields = await parse_question(body, content_type, edge)
-        question = to_request(
-            fields,
-            edge.pipeline.card_for(caller.route),
-            edge.questions,
-            tenant=caller.tenant,
-            trace_id=caller.trace_id,
-            traceparent=caller.traceparent,
-            route=caller.route,
-        )
-        return parsed, question
+        return parsed, to_request(fields, edge.pipeline.card_for(caller.route), edge.questions, caller)
 
     (parsed, question), reservation = await read_question(request, parse)
     asked = Asked(question, reservation)

@@ -82,19 +82,11 @@ async def parse_chat(body: Sequence[bytes], content_type: str, caller: Caller, e
     whole = (await joined(body)).removeprefix(BOM)
     cut = await split(whole, edge.questions.max_question_chars, ChatRequest.model_fields, is_image)
     sent = ChatRequest.from_json(cut.rest)
-    route = replace(caller.route, model=sent.model)
-    card = edge.pipeline.card_for(route)
+    caller = replace(caller, route=replace(caller.route, model=sent.model))
+    card = edge.pipeline.card_for(caller.route)
     fields, names = fields_of(sent, await images_of(sent, cut))
     with naming(names):
-        question = to_request(
-            fields,
-            card,
-            edge.questions,
-            tenant=caller.tenant,
-            trace_id=caller.trace_id,
-            traceparent=caller.traceparent,
-            route=route,
-        )
+        question = to_request(fields, card, edge.questions, caller)
     return Chat(sent, question, names)
 
 

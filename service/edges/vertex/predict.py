@@ -138,15 +138,7 @@ async def answered(batch: Batch, question: bytes, edge: Edge, reservation: Reser
     limits, caller = edge.questions, batch.caller
     card = edge.pipeline.card_for(caller.route)
     parsed, fields = await parse_json(question, limits.max_question_chars, Instance)
-    request = to_request(
-        fields,
-        card,
-        limits,
-        tenant=caller.tenant,
-        trace_id=caller.trace_id,
-        traceparent=caller.traceparent,
-        route=caller.route,
-    )
+    request = to_request(fields, card, limits, caller)
     asked, said, end = await batch.answer(request, reservation)
     logprobs = TokenLogprob.all_of(said) if request.sampling.log_probs else None
     return VqaAnswer(

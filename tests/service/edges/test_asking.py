@@ -12,6 +12,7 @@ import pytest
 from service.core.errors import InvalidImage, InvalidRequest
 from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, ImageUrl, Sampling, Text
 from service.edges.asking import Fields, QuestionLimits, to_request
+from service.edges.caller import Caller
 from service.edges.image_text import source_of
 from tests.support.calibrations import calibrated
 from tests.support.fakes import CARD, CLOSER
@@ -24,7 +25,7 @@ TURN = Exchange((Text(" which shape? "),), " a circle ")
 
 
 def test_a_question_takes_the_defaults_of_the_model_and_the_service():
-    request = to_request(QUESTION, CARD, LIMITS, tenant="acme", trace_id="trace")
+    request = to_request(QUESTION, CARD, LIMITS, Caller("acme", "trace"))
     assert request.parts == (IMAGE, Text("what colour?"))
     assert request.budget == Budget(CARD.vision_tokens, CARD.default_visual_tokens)
     assert (request.timeout_s, request.tenant, request.trace_id) == (30, "acme", "trace")

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack, aclosing
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from service.core.errors import (
 )
 from service.core.request import Request
 from service.edges.caller import Caller
+from service.edges.whole import whole
 from service.pipeline import Patience, Pipeline, Reservation
 from service.system.tasks import first_failure
 
@@ -110,22 +111,11 @@ class Batch:
                     if not is_counted:
                         await reservation.account.enter(place=False)  # the batch has one
                         is_counted = True
-                    return asked, *await self._asked(asked, reservation)
+                    return asked, *await whole(self.pipeline.answer(asked, reservation))
             except Overloaded as refusal:
                 if not patience.waits_for(refusal):
                     raise
                 await asyncio.sleep(refusal.retry_after_s)
-
-    async def _asked(self, request: Request, reservation: Reservation) -> tuple[Delta, Finished]:
-        deltas: list[Delta] = []
-        async with aclosing(self.pipeline.answer(request, reservation)) as events:
-            async for event in events:
-                if isinstance(event, Delta):
-                    deltas.append(event)
-                else:
-                    end = event
-        text = "".join(delta.text for delta in deltas)
-        return Delta(text, tuple(token for delta in deltas for token in delta.log_probs)), end
 
     async def _outcome(
         self, answer: Callable[[int, Question], Awaitable[Answer]], index: int, question: Question

@@ -92,7 +92,7 @@ class BatchCall:
         fields = fields_of(message, stream=False, timeout_s=question.timeout_s, priority=Priority.LOW)
         request = to_request(fields, pipeline.card_for(caller.route), self.edge.questions, caller)
         asked, said, end = await batch.answer(request, reservation)
-        return answer_message(asked.id, pipeline.card.name, (said.text,), end, message.explain, said.log_probs)
+        return answer_message(asked.id, pipeline.card.name, said.text, end, message.explain, said.log_probs)
 
     async def write(self, index: int, result: pb.BatchResponse | GlimpseError) -> None:
         if isinstance(result, GlimpseError):

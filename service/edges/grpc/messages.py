@@ -192,19 +192,19 @@ def source_in(message: pb.Part | pb.Frame, name: str) -> ImageSource:
 def answer_message(
     request_id: str,
     model: str,
-    texts: Iterable[str],
+    text: str,
     end: Finished,
     explain: bool,
     log_probs: Iterable[TokenLogProb] = (),
 ) -> pb.AnswerResponse:
-    """Write an answer; without `texts`, the end of a stream."""
+    """Write an answer; without a text, the end of a stream."""
     sure, variant = sure_fields(end), variant_fields(end)
     return pb.AnswerResponse(
         id=request_id,
         model=model if end.served is None else end.served.model,
         variant=variant["variant"] or "",
         fallback_from=variant["fallback_from"] or "",
-        answer="".join(texts),
+        answer=text,
         finish_reason=FINISH_REASONS[end.finish_reason],
         image_ids=end.image_ids,
         video_id=end.clip_id,
@@ -245,7 +245,7 @@ def event_message(
     """Write an event of a stream. `log_probs` are those of all deltas; the end has them."""
     if isinstance(event, Delta):
         return pb.AnswerEvent(delta=event.text)
-    return pb.AnswerEvent(end=answer_message(request_id, model, (), event, explain, log_probs))
+    return pb.AnswerEvent(end=answer_message(request_id, model, "", event, explain, log_probs))
 
 
 def relevance_message(relevance: Relevance) -> pb.Relevance:

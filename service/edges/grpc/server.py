@@ -19,6 +19,7 @@ from service.edges.grpc.health import Health
 from service.edges.grpc.messages import answer_message, event_message, fields_of, kept_message, question_in
 from service.edges.grpc.reflection import Reflection
 from service.edges.grpc.stubs import vqa_pb2 as pb
+from service.edges.whole import whole
 
 SERVICE = pb.DESCRIPTOR.services_by_name["VisualQuestionAnswering"].full_name
 TELLING_S = 1.0  # for callers to be told that the server ended their calls
@@ -51,16 +52,8 @@ class VisualQuestionAnswering:
     async def answer(self, _: object, context: grpc.aio.ServicerContext) -> pb.AnswerResponse:
         async with self.calls.scope(context, "Answer", Scope.ASK) as call:
             request, explain = await self.read_question(call, stream=False)
-            texts: list[str] = []
-            told: list[TokenLogProb] = []
-            async with aclosing(self.edge.pipeline.answer(request, call.reservation)) as events:
-                async for event in events:
-                    if isinstance(event, Delta):
-                        texts.append(event.text)
-                        told += event.log_probs
-                    else:
-                        end = event
-            return answer_message(request.id, self.model, texts, end, explain, told)
+            said, end = await whole(self.edge.pipeline.answer(request, call.reservation))
+            return answer_message(request.id, self.model, said.text, end, explain, said.log_probs)
 
     async def stream_answer(self, _: object, context: grpc.aio.ServicerContext) -> None:
         async with self.calls.scope(context, "StreamAnswer", Scope.ASK) as call:

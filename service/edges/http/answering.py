@@ -19,6 +19,7 @@ from service.edges.caller import Caller
 from service.edges.http.body import JSON, read_body
 from service.edges.http.edge import Edge, caller_of, edge_of, present, reserved
 from service.edges.http.schema import ErrorBody
+from service.edges.whole import whole
 from service.pipeline import Reservation
 
 TELLING_S = 5.0  # for a caller to take the event that says why its stream ends
@@ -29,7 +30,7 @@ Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class OpenQuestion:
     """Hold a question as a core Request, its reservation, and what gives errors the caller's names of fields."""
 
     request: core_request.Request
@@ -56,18 +57,10 @@ def media_type_of(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-async def whole_answer(asked: Asked, edge: Edge) -> tuple[Delta, Finished]:
+async def whole_answer(asked: OpenQuestion, edge: Edge) -> tuple[Delta, Finished]:
     """Collect the whole answer: its text, which may be empty, and its end. Raises GlimpseError only."""
-    deltas: list[Delta] = []
     with asked.naming():
-        async with aclosing(edge.pipeline.answer(asked.request, asked.reservation)) as events:
-            async for event in events:
-                if isinstance(event, Delta):
-                    deltas.append(event)
-                else:
-                    end = event
-    text = "".join(delta.text for delta in deltas)
-    return Delta(text, tuple(token for delta in deltas for token in delta.log_probs)), end
+        return await whole(edge.pipeline.answer(asked.request, asked.reservation))
 
 
 class EventStream(Response):
@@ -76,7 +69,7 @@ class EventStream(Response):
     Nothing is sent before the first event, so that an early error still has its own status. A later error is an event.
     """
 
-    def __init__(self, asked: Asked, edge: Edge, written: Callable[[Delta | Finished], Iterable[bytes]]) -> None:
+    def __init__(self, asked: OpenQuestion, edge: Edge, written: Callable[[Delta | Finished], Iterable[bytes]]) -> None:
         """`written` gives the events' JSON for each piece of the answer."""
         super().__init__()
         self.asked = asked

@@ -18,7 +18,7 @@ from service.core.errors import TooLarge, naming_frame, naming_image, naming_vid
 from service.core.request import ImageSource
 from service.edges.asking import Fields, to_request
 from service.edges.caller import Caller
-from service.edges.http.answering import Asked, EventStream, media_type_of, read_question, whole_answer
+from service.edges.http.answering import EventStream, OpenQuestion, media_type_of, read_question, whole_answer
 from service.edges.http.body import BOM, FormPart, parse_form
 from service.edges.http.edge import Edge, edge_of, present
 from service.edges.http.faults import no_question, require_text
@@ -48,7 +48,7 @@ async def ask(request: Request) -> Response:
         return parsed, to_request(fields, edge.pipeline.card_for(caller.route), edge.questions, caller)
 
     (parsed, question), reservation = await read_question(request, parse)
-    asked = Asked(question, reservation)
+    asked = OpenQuestion(question, reservation)
     writer = VqaWriter(question, edge.pipeline.card.name, bool(parsed.explain))
     if parsed.stream:
         return EventStream(asked, edge, writer.events)

@@ -20,7 +20,7 @@ from service.core.errors import InvalidRequest
 from service.core.request import ImageSource
 from service.edges.asking import to_request
 from service.edges.caller import Caller
-from service.edges.http.answering import Asked, EventStream, media_type_of, read_question, whole_answer
+from service.edges.http.answering import EventStream, OpenQuestion, media_type_of, read_question, whole_answer
 from service.edges.http.body import BOM, JSON
 from service.edges.http.edge import Edge, edge_of, present
 from service.edges.http.json_bounds import Question, split
@@ -65,7 +65,7 @@ async def complete(request: Request) -> Response:
 
     with naming({"image": "messages"}):  # a body that is too large
         chat, reservation = await read_question(request, parse)
-    asked = Asked(chat.request, reservation, partial(naming, chat.names))
+    asked = OpenQuestion(chat.request, reservation, partial(naming, chat.names))
     writer = ChatWriter(chat, edge.pipeline.card, reservation)
     if chat.sent.stream:
         return EventStream(asked, edge, writer.chunks)

@@ -179,7 +179,7 @@ def test_an_answer_tells_everything_that_is_known():
     )
     timing = {"queue": 0.1, "load": 0.2, "vision": 0.3, "first_token": 0.4, "total": 0.5}
     end = Finished("length", ("img_1",), "hit", "high", True, 12, 3, 64, (relevance,), timing, "tiles")
-    told = answer_message("vqa_1", "tiny", ("a ", "ring"), end, explain=True)
+    told = answer_message("vqa_1", "tiny", "a ring", end, explain=True)
     assert (told.id, told.model, told.answer, list(told.image_ids)) == ("vqa_1", "tiny", "a ring", ["img_1"])
     assert told.finish_reason == pb.FINISH_REASON_LENGTH
     assert told.usage == pb.Usage(prompt_tokens=12, completion_tokens=3, image_tokens=64)
@@ -211,10 +211,10 @@ def test_the_frames_that_were_looked_at_are_told_and_explained_if_asked():
     timing = {"queue": 0.1, "load": 0.2, "vision": 0.3, "first_token": 0.4, "total": 0.5}
     frames = (FrameSeen(0, 0.0, relevance), FrameSeen(7, None, relevance, "img_7"))
     end = Finished("stop", (), "hit", "low", False, 12, 3, 64, (), timing, frames=frames, clip_id="img_1")
-    assert answer_message("vqa_1", "tiny", (), end, explain=False).video_id == "img_1"
-    plain = answer_message("vqa_1", "tiny", (), end, explain=False).vision.frames
+    assert answer_message("vqa_1", "tiny", "", end, explain=False).video_id == "img_1"
+    plain = answer_message("vqa_1", "tiny", "", end, explain=False).vision.frames
     assert list(plain) == [pb.SeenFrame(index=0, time_s=0.0), pb.SeenFrame(index=7, image_id="img_7")]
-    first, second = answer_message("vqa_1", "tiny", (), end, explain=True).vision.frames
+    first, second = answer_message("vqa_1", "tiny", "", end, explain=True).vision.frames
     assert (first.index, first.time_s, list(first.relevance.map)) == (0, 0.0, [0.5] * 256)
     assert (list(first.relevance.levels), list(first.relevance.propositional)) == ([0] * 64, [])
     assert first.relevance.tensions == pb.Tensions(particularize=0.25, explore=0.5, diversify=0.75)

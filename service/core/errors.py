@@ -197,6 +197,14 @@ class InternalError(GlimpseError):
     type = "server_error"
 
 
+def no_complete_answer(timeout_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"there was no complete answer within timeout_s={timeout_s:g}: raise timeout_s, or try again when the service "
+        "is less busy",
+        param="timeout_s",
+    )
+
+
 def internal_error(request_id: str) -> InternalError:
     return InternalError(f"internal error: ask the operator to look up request id {request_id} in the log")
 

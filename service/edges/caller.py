@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.core.access import Authenticator, Grant, Scope
-from service.core.errors import Cancelled, DeadlineExceeded, Forbidden, InvalidRequest, Unauthenticated
+from service.core.errors import Cancelled, Forbidden, InvalidRequest, Unauthenticated, no_complete_answer
 from service.core.variant import ANY, Route
 
 # Names of HTTP headers and of gRPC metadata.
@@ -143,8 +143,4 @@ async def present(gone: Callable[[], Coroutine[Any, Any, None]], timeout_s: floa
             raise
         if is_gone:
             raise Cancelled("the caller went away") from exc
-        raise DeadlineExceeded(
-            f"there was no complete answer within timeout_s={timeout_s:g}: raise timeout_s, or try again when the "
-            "service is less busy",
-            param="timeout_s",
-        ) from exc
+        raise no_complete_answer(timeout_s) from exc

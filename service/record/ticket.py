@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from service.admission.admission import Reservation, UntilEnd
 from service.admission.scheduler import Kind
-from service.core.errors import DeadlineExceeded
+from service.core.errors import DeadlineExceeded, no_complete_answer
 from service.core.payer import NOBODY, Payer, pay_for
 from service.core.request import Request
 from service.core.variant import DEFAULT, Served
@@ -151,11 +151,7 @@ class Ticket:
         return InTime(self, self.reservation.until_end(self.left_s))
 
     def too_late(self) -> DeadlineExceeded:
-        return DeadlineExceeded(
-            f"there was no complete answer within timeout_s={self.request.timeout_s:g}: raise timeout_s, or try again "
-            "when the service is less busy",
-            param="timeout_s",
-        )
+        return no_complete_answer(self.request.timeout_s)
 
     def timing_ms(self) -> dict[str, float]:
         seconds = {name: self.stages.get(name, Stage()).seconds for name in ("queue", "load", "vision")}

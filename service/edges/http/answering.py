@@ -63,6 +63,16 @@ async def whole_answer(asked: OpenQuestion, edge: Edge) -> tuple[Delta, Finished
         return await whole(edge.pipeline.answer(asked.request, asked.reservation))
 
 
+def start_of_stream(media_type: str) -> Message:
+    """Return a new message: what wraps the request adds its headers to it."""
+    headers = [
+        (b"content-type", media_type.encode()),
+        (b"cache-control", b"no-store"),
+        (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
+    ]
+    return {"type": "http.response.start", "status": 200, "headers": headers}
+
+
 class EventStream(Response):
     """Send an answer as server-sent events, then [DONE].
 
@@ -94,7 +104,7 @@ class EventStream(Response):
             async with aclosing(self.edge.pipeline.answer(self.asked.request, self.asked.reservation)) as events:
                 async for event in events:
                     if not self.started:
-                        await send(self.start())
+                        await send(start_of_stream("text/event-stream; charset=utf-8"))
                         self.started = True
                     await send(self.data(*self.written(event)))
         await send(DONE)
@@ -105,14 +115,6 @@ class EventStream(Response):
             async with asyncio.timeout(TELLING_S):
                 await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
                 await send(DONE)
-
-    def start(self) -> Message:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-store"),
-            (b"x-accel-buffering", b"no"),  # nginx would hold the events back
-        ]
-        return {"type": "http.response.start", "status": 200, "headers": headers}
 
     def data(self, *events: bytes) -> Message:
         body = b"".join(b"data: " + json + b"\n\n" for json in events)

@@ -16,7 +16,7 @@ from service.core.errors import Cancelled, GlimpseError, InvalidRequest, TooLarg
 from service.edges.asking import to_request
 from service.edges.batching import Batch
 from service.edges.caller import Caller
-from service.edges.http.answering import TELLING_S, media_type_of, read_question
+from service.edges.http.answering import TELLING_S, media_type_of, read_question, start_of_stream
 from service.edges.http.batch_schema import BatchAnswer, BatchEnd, BatchError, BatchQuestion, line_of
 from service.edges.http.body import BOM, JSON
 from service.edges.http.edge import Edge, edge_of, present
@@ -127,7 +127,7 @@ class ResultStream(Response):
 
         try:
             async with present(receive, timeout_s, self.reservation):
-                await send(start())
+                await send(start_of_stream(JSON_LINES))
                 await batch.run(aiter(self.questions), answer, write)
                 await send(body_of(b"", more=False))
         except GlimpseError as error:
@@ -146,16 +146,6 @@ class ResultStream(Response):
         fields_of_end = VqaEnd.fields_of(asked.id, card.name, end, bool(parsed.explain))
         logprobs = TokenLogprob.all_of(said) if request.sampling.log_probs else None
         return BatchAnswer(index=index, answer=said.text, logprobs=logprobs, **fields_of_end)
-
-
-def start() -> Message:
-    """Return a new message: what wraps the request adds its headers to it."""
-    headers = [
-        (b"content-type", JSON_LINES.encode()),
-        (b"cache-control", b"no-store"),
-        (b"x-accel-buffering", b"no"),  # nginx would hold the lines back
-    ]
-    return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
 def body_of(line: bytes, *, more: bool) -> Message:

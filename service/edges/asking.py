@@ -96,7 +96,6 @@ def to_request(fields: Fields, card: ModelCard, limits: QuestionLimits, caller: 
     front = _in_front(fields)
     parts, exchanges, system = _stripped(fields.parts), _exchanges(fields), _system(fields, card)
     _require_text(text_of(parts), exchanges, system, limits.max_question_chars)
-    _require_calibrated(fields, card)
     _require_likeliest(fields, card)
     if exchanges:
         first, *others = exchanges
@@ -266,15 +265,6 @@ def _require_text(question: str, exchanges: tuple[Exchange, ...], system: str, m
         if told:
             raise InvalidRequest(f"question and turns have {count}: leave the earliest turns out", param="turns")
         raise InvalidRequest(f"question has {count}: shorten it", param="question")
-
-
-def _require_calibrated(fields: Fields, card: ModelCard) -> None:
-    if fields.min_confidence is not None and card.confidence is None:
-        raise InvalidRequest(
-            f"{card.name} does not tell how sure it is (GET /v1/models says why): leave min_confidence out",
-            param="min_confidence",
-            code="confidence_not_supported",
-        )
 
 
 def _require_likeliest(fields: Fields, card: ModelCard) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from service.core.answer import Delta, Finished
+from service.core.errors import InvalidRequest
 from service.core.request import Request
 from tests.service.test_pipeline import answer, request
 from tests.support.calibrations import calibrated
@@ -62,6 +63,12 @@ async def test_an_answer_below_the_least_confidence_is_given_and_abstains(house)
     assert end.abstain_reason is not None
     _, sure = await answer(house, request(min_confidence=0.0))
     assert (sure.abstained, sure.abstain_reason) == (False, None)
+
+
+async def test_a_least_confidence_needs_a_calibrated_model():
+    with pytest.raises(InvalidRequest, match=r"^tiny does not tell how sure it is .*leave min_confidence out$") as refused:
+        await answer(House(), request(min_confidence=0.5))
+    assert (refused.value.param, refused.value.code) == ("min_confidence", "confidence_not_supported")
 
 
 async def test_a_repeat_from_the_visual_cache_is_as_familiar_as_before(house):

@@ -28,6 +28,7 @@ from service.upstreams.pool import Pool
 from tests.service.test_clips import about, film
 from tests.service.test_pipeline import request
 from tests.service.upstreams.tritons import FakeTriton
+from tests.support.calibrations import calibrated
 from tests.support.fakes import CARD, CLOSER, TOKENIZER, FakeLanguage, FakeVision, House, png, until
 
 
@@ -51,10 +52,10 @@ class Split(House):
             self.variant(name, weight) for name, weight in (weights or {"stable": 95, "next": 5}).items()
         ]
 
-    def variant(self, name: str, weight: float) -> Model:
+    def variant(self, name: str, weight: float, **card_fields: object) -> Model:
         vision, language, health = FakeVision(), FakeLanguage(f" {name}"), Sick()
         self.visions[name], self.languages[name], self.healths[name] = vision, language, health
-        card = replace(CARD, name=f"tiny-{name}", visual_fingerprint=f"v-{name}")
+        card = replace(CARD, name=f"tiny-{name}", visual_fingerprint=f"v-{name}", **card_fields)
         prompts = PromptBuilder(card, TOKENIZER)
         return self.pipeline.model(vision, language, card, prompts, variant=name, weight=weight, health=health)
 
@@ -351,6 +352,14 @@ async def test_openais_clients_choose_by_model_and_see_all_of_them(split, http):
     chunks = await http.post("/v1/chat/completions", json=body | {"model": "next", "stream": True})
     assert chunks.text.count('"model":"tiny-next"') == chunks.text.count("chat.completion.chunk") > 2
     assert (await http.post("/v1/chat/completions", json=body | {"model": "other"})).status_code == 404
+
+
+async def test_a_least_confidence_is_asked_of_a_variant_that_is_calibrated(split, http):
+    split.pipeline.models.models[1] = split.variant("next", 5, confidence=calibrated(CARD.vision_width))
+    form = {"files": {"image": png()}, "data": {"question": "what?", "min_confidence": "0"}}
+    for session in (session_of(split, "stable"), session_of(split, "next")):
+        answer = await http.post("/v1/vqa", **form, headers={"x-session-id": session})
+        assert (answer.status_code, answer.json()["variant"], answer.json()["abstained"]) == (200, "next", False)
 
 
 async def test_a_service_without_variants_does_not_speak_of_one():

@@ -14,7 +14,6 @@ from service.core.request import Budget, Clip, Exchange, ImageBytes, ImageId, Im
 from service.edges.asking import Fields, QuestionLimits, to_request
 from service.edges.caller import Caller
 from service.edges.image_text import source_of
-from tests.support.calibrations import calibrated
 from tests.support.fakes import CARD, CLOSER
 
 LIMITS = QuestionLimits(max_question_chars=100, default_timeout_s=30, max_timeout_s=120)
@@ -54,18 +53,6 @@ def test_the_default_budget_of_a_video_is_that_of_frames_whatever_its_detail():
 @pytest.mark.parametrize(("stream", "stop", "streaming"), [(True, (), True), (False, (".",), True), (False, (), False)])
 def test_tokens_are_streamed_for_a_stream_and_for_stop_strings(stream, stop, streaming):
     assert to_request(replace(QUESTION, stream=stream, stop=stop), CARD, LIMITS).sampling.streaming is streaming
-
-
-def test_a_least_confidence_needs_a_calibrated_model():
-    asked = replace(QUESTION, min_confidence=0.5)
-    with pytest.raises(
-        InvalidRequest, match=r"^tiny does not tell how sure it is .*leave min_confidence out$"
-    ) as caught:
-        to_request(asked, CARD, LIMITS)
-    assert (caught.value.param, caught.value.code) == ("min_confidence", "confidence_not_supported")
-    calibrated_card = replace(CARD, confidence=calibrated(CARD.vision_width))
-    assert to_request(asked, calibrated_card, LIMITS).min_confidence == 0.5
-    assert to_request(QUESTION, calibrated_card, LIMITS).min_confidence is None
 
 
 def test_images_in_front_stand_in_the_earliest_turn():

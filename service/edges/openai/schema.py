@@ -30,9 +30,9 @@ from service.edges.http.schema import (
     FALLBACK_FROM,
     FIT,
     FOUND,
-    GREEDY_OR_DRAWN,
     JSON_SCHEMA,
     LEAST_PENALTY,
+    LEAST_TEMPERATURE,
     LEAST_TIMEOUT_S,
     LEAST_TOP_P,
     LOGPROBS,
@@ -58,7 +58,6 @@ from service.edges.http.schema import (
     Vision,
     WireRelevance,
     WithNulls,
-    greedy_or_drawn,
     having,
     stop_schema,
     stops,
@@ -67,6 +66,10 @@ from service.edges.openai.unsupported import Only, Refused, Unsupported, unsuppo
 
 MAX_STOPS = 4
 MAX_MESSAGES = 256
+
+# Bounds of OpenAI's.
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 class ImageAddress(BaseModel):
@@ -164,7 +167,7 @@ class ChatMessage(BaseModel):
     annotations: Annotated[object, Only([])] = None
     audio: Refused = None
     function_call: Refused = None
-    name: Refused = None
+    name: str | None = Field(None, max_length=512, description="Of the speaker. It has no effect.")
     parsed: object = Field(
         None, description="Of an assistant's message that a client parsed and sends back. It has no effect."
     )
@@ -215,6 +218,18 @@ class ResponseFormat(BaseModel):
         return (self.json_schema and self.json_schema.schema_) or {"type": "object"}
 
 
+def _greedy_if_small(temperature: float) -> float:
+    return 0.0 if temperature < LEAST_TEMPERATURE else temperature
+
+
+def _least_top_p(top_p: float) -> float:
+    return max(top_p, LEAST_TOP_P)
+
+
+def _without_sign(seed: int) -> int:
+    return seed % 2**63
+
+
 CHAT_VIDEO_FRAMES: Any = Field(
     None,
     description="At most so many frames of the video are looked at. Left out: as many as the model says and as fit.",
@@ -239,13 +254,13 @@ class ChatRequest(Unsupported):
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000), WHOLE] | None = Field(
         None, description="Another name of `max_tokens`."
     )
-    temperature: (
-        Annotated[float, Field(ge=0, le=2, json_schema_extra=GREEDY_OR_DRAWN), AfterValidator(greedy_or_drawn)] | None
-    ) = Field(0.0, description="0 takes the likeliest token each time.")
-    top_p: Annotated[float, Field(ge=LEAST_TOP_P, le=1)] | None = Field(
-        1.0, description="Draw from the likeliest tokens with this much probability."
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_greedy_if_small)] | None = Field(
+        0.0, description=f"Below {LEAST_TEMPERATURE} it is 0, which takes the likeliest token each time."
     )
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1), WHOLE] | None = Field(
+    top_p: Annotated[float, Field(ge=0, le=1), AfterValidator(_least_top_p)] | None = Field(
+        1.0, description="Draw from the likeliest tokens with this much probability; 0 takes the likeliest one."
+    )
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE, AfterValidator(_without_sign)] | None = Field(
         None, description="The same seed draws the same answer."
     )
     stop: Annotated[tuple[str, ...], stops(MAX_STOPS), stop_schema(MAX_STOPS)] = Field(
@@ -258,6 +273,11 @@ class ChatRequest(Unsupported):
     response_format: ResponseFormat | None = Field(None, description="A constraint on the answer.")
     user: str | None = Field(None, max_length=512, description="Your name of the end user. It has no effect.")
     safety_identifier: str | None = Field(None, max_length=512, description="As `user`.")
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = Field(
+        None, description="Your own notes. They have no effect."
+    )
+    prompt_cache_key: str | None = Field(None, max_length=512, description="It has no effect.")
+    prompt_cache_retention: str | None = Field(None, max_length=512, description="It has no effect.")
     # Ours.
     choices: Choices | None = CHOICES
     regex: Regex | None = REGEX

@@ -45,16 +45,13 @@ class Unsupported(BaseModel):
     function_call: Annotated[object, Only("none", "auto")] = None
     functions: Annotated[object, Only([])] = None
     logit_bias: Annotated[object, Only({})] = None
-    metadata: Annotated[object, Only({})] = None
     modalities: Annotated[object, Only(["text"], mend="answers are text")] = None
     moderation: Refused = None
     n: Annotated[object, Only(1, mend="ask several times for several answers")] = None
     parallel_tool_calls: Annotated[object, Only(True, False)] = None
     prediction: Refused = None
     presence_penalty: Annotated[object, Only(0, 0.0, mend="use repetition_penalty")] = None
-    prompt_cache_key: Refused = None
     prompt_cache_options: Refused = None
-    prompt_cache_retention: Refused = None
     reasoning_effort: Annotated[object, Only("none")] = None
     service_tier: Annotated[object, Only("auto", "default", mend="use priority")] = None
     store: Annotated[object, Only(False)] = None

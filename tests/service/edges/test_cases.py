@@ -289,8 +289,8 @@ DETAILS = {pb.DETAIL_LOW: "low", pb.DETAIL_HIGH: "high"}
 NOT_IN_GRPC = ("not base64", "a video that is not base64", "a timeout that is too long")
 
 
-# OpenAI's chat has no list of frames.
-NOT_IN_CHAT = ("frames", "a video twice", "no frames", "too many frames")
+# OpenAI's chat has no list of frames, and takes any temperature up to 2.
+NOT_IN_CHAT = ("frames", "a video twice", "no frames", "too many frames", "a temperature too small")
 
 
 def videos_of(case: Case) -> list[pb.Part]:

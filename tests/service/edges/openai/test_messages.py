@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,6 +139,46 @@ def test_fields_reach_the_question():
     assert asked.tenant == ""
 
 
+def test_what_has_no_effect_is_taken_within_bounds():
+    named = ASKED | {"name": "critic"}, assistant("a circle") | {"name": "painter"}, ASKED
+    fields = {
+        "user": "someone",
+        "safety_identifier": "x",
+        "metadata": {"k" * 64: "v" * 512},
+        "prompt_cache_key": "k",
+        "prompt_cache_retention": "24h",
+    }
+    asked = request(*named, **fields, seed=1)
+    assert replace(asked, id="") == replace(request(ASKED, assistant("a circle"), ASKED, seed=1), id="")
+    for field, value in (
+        ("prompt_cache_key", "k" * 513),
+        ("prompt_cache_retention", "k" * 513),
+        ("metadata", {str(number): "" for number in range(17)}),
+        ("metadata", {"a": 1}),
+        ("metadata", {"a": "v" * 513}),
+        ("metadata", {"k" * 65: "v"}),
+    ):
+        assert refused(ASKED, **{field: value}).param.partition(".")[0] == field
+    assert refused(ASKED | {"name": "n" * 513}).param == "messages.0.name"
+
+
+@pytest.mark.parametrize(
+    ("fields", "taken"),
+    [
+        ({"temperature": 0.009}, {"temperature": 0.0}),
+        ({"temperature": 0.01}, {"temperature": 0.01}),
+        ({"top_p": 0}, {"top_p": 1e-6}),
+        ({"top_p": 1e-6}, {"top_p": 1e-6}),
+        ({"seed": -1}, {"seed": 2**63 - 1}),
+        ({"seed": -(2**63) + 5}, {"seed": 5}),
+        ({"seed": 2**63 - 1}, {"seed": 2**63 - 1}),
+    ],
+)
+def test_values_that_openai_takes_are_brought_into_our_bounds(fields, taken):
+    sampling = request(ASKED, **fields).sampling
+    assert {name: getattr(sampling, name) for name in taken} == taken
+
+
 def test_what_is_left_out_or_null_has_the_same_default_as_everywhere():
     plain = request(ASKED)
     nulls = request(ASKED, **{name: None for name in SUPPORTED if name not in ("model", "messages")})
@@ -265,12 +306,13 @@ def test_a_message_that_breaks_a_rule_is_named(messages, param, message):
         ),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream_options needs stream"),
         ({"temperature": 2.1}, "temperature", "temperature should be less than or equal to 2; it is 2.1"),
-        ({"temperature": 0.001}, "temperature", "temperature must be 0, which is greedy, or at least 0.01"),
+        ({"temperature": -0.1}, "temperature", "temperature should be greater than or equal to 0; it is -0.1"),
         ({"temperature": "1"}, "temperature", "temperature should be a valid number; it is '1'"),
-        ({"top_p": 0}, "top_p", "top_p should be greater than or equal to 0.000001"),
+        ({"top_p": -0.1}, "top_p", "top_p should be greater than or equal to 0; it is -0.1"),
         ({"stop": list("abcde")}, "stop", "stop may hold at most 4 strings of 1 to 64 characters"),
         ({"stop": ""}, "stop", "stop may hold at most 4 strings"),
-        ({"seed": -1}, "seed", "seed should be greater than or equal to 0"),
+        ({"seed": -(2**63) - 1}, "seed", "seed should be"),
+        ({"seed": 2**63}, "seed", "seed should be"),
         ({"timeout_s": 121}, "timeout_s", "timeout_s is 121, the limit is 120: lower it"),
         ({"vision_tokens": [64]}, "vision_tokens", "vision_tokens must be a list of the least and the most"),
         ({"user": "u" * 513}, "user", "user should have at most 512 characters"),

@@ -42,6 +42,11 @@ log = structlog.get_logger()
 
 OPEN_REQUESTS = "glimpse.open_requests"  # in the scope: how many the server has, also those that have not begun
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are counted as one
+OTHER_APIS = ("/v1/responses", "/v1/completions")  # of OpenAI's: many clients ask there unless told otherwise
+CHAT_INSTEAD = (
+    "ask POST /v1/chat/completions (openai.chat(...) in Vercel's AI SDK, OpenAIChatCompletionsModel in OpenAI's "
+    "Agents SDK)"
+)
 
 
 class JsonResponse(Response):
@@ -81,7 +86,8 @@ async def respond_to_no_route(request: Request, error: Exception) -> Response:
     what = f"{request.method} {request.url.path[:200]}"
     message = f"{what} is not allowed" if error.status_code == 405 else f"there is no {what}"
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    body = ErrorBody(error=WireError(message=f"{message}: see /docs", type=InvalidRequest.type, param=None, code=code))
+    mend = CHAT_INSTEAD if request.url.path in OTHER_APIS else "see /docs"
+    body = ErrorBody(error=WireError(message=f"{message}: {mend}", type=InvalidRequest.type, param=None, code=code))
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(methods_of(request))

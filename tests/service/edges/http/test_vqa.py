@@ -519,6 +519,12 @@ async def test_no_route_and_wrong_method_have_the_same_shape(caller):
     assert wrong.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/completions"])
+async def test_a_client_that_asks_at_another_api_of_openais_is_told_the_one_to_use(caller, path):
+    said = fault(await caller.http.post(path, json={"model": "tiny", "input": "?"}), 404)
+    assert said["message"].startswith(f"there is no POST {path}: ask POST /v1/chat/completions (openai.chat")
+
+
 async def test_live_is_always_and_ready_when_every_model_has_inferred(caller):
     readiness, prober = caller.house.readiness, FakeProber()
     assert (await caller.http.get("/health/live")).json() == {"status": "ok", "faults": {}}

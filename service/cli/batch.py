@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import queue
 import signal
@@ -49,8 +50,8 @@ class Question:
     def fields(self) -> dict[str, Any]:
         """Raises AskFailed."""
         try:
-            fields = json.loads(self.text)
-        except ValueError as exc:
+            fields = json.loads(self.text, parse_constant=_finite, parse_float=_finite)
+        except (ValueError, RecursionError) as exc:
             raise AskFailed(f"no valid JSON ({exc})") from exc
         if not isinstance(fields, dict):
             raise AskFailed('no JSON object such as {"image": "x.jpg", "question": "how many?"}')
@@ -63,17 +64,30 @@ class Question:
         """Of what is asked, so that answers of other questions are never taken for these."""
         try:
             asked = json.dumps(self.fields(), sort_keys=True).encode()
-        except AskFailed:
+        except (AskFailed, RecursionError):
             asked = self.text
         return hashlib.blake2b(asked + self.about, digest_size=8).hexdigest()
 
 
+def _finite(text: str) -> float:
+    """Read a number. Raises ValueError for NaN, Infinity and what is beyond all floats: JSON has none of them."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
 def applicable(options: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out the options that a line cannot have: --frames without a video, --page without the one image."""
+    """Leave out the options that a line cannot have.
+
+    Those of videos need one. --page is about the one image, and --detail and --fit are about images.
+    """
     has_video = any(fields.get(name) is not None for name in ("video", "frames"))
-    not_of_this = () if has_video else ("video_frames", "video_sampling")
+    not_of_this = set[str]() if has_video else {"video_frames", "video_sampling"}
     if has_video or fields.get("image") is None:
-        not_of_this = (*not_of_this, "page")
+        not_of_this.add("page")
+    if has_video and not any(fields.get(name) for name in ("image", "images")):
+        not_of_this |= {"detail", "fit"}
     return {name: value for name, value in options.items() if name not in not_of_this}
 
 
@@ -191,6 +205,8 @@ class Asking:
                 raise AskFailed(
                     f"the text has half of a surrogate pair ({exc.object[exc.start]!a}): remove it"
                 ) from exc
+            except RecursionError as exc:
+                raise AskFailed("its fields are nested too deeply: flatten them") from exc
             if response.status_code != 404:
                 break
             self.forget(fields, body)

@@ -28,6 +28,7 @@ from service.core.errors import Unavailable
 from service.settings import IMAGE_ENTRY_BYTES
 from tests.service.cli.conftest import serving
 from tests.service.cli.test_main import UNKNOWN, run
+from tests.support import films
 from tests.support.fakes import House, png
 from tests.support.paths import SCENES
 from tests.support.servers import Gateway, eventually
@@ -134,6 +135,34 @@ def test_options_are_defaults_of_every_question(server, source, tmp_path):
     )
     assert batch(source, tmp_path / "out", server.url, "--max-tokens", "3", "--clients", "1")[0] == 0
     assert [sampling.max_tokens for sampling in server.house.language.sampling] == [3, 7]
+
+
+def test_options_about_images_are_left_out_of_lines_about_a_video_alone(server, source, tmp_path):
+    (tmp_path / "film.gif").write_bytes(films.gif())
+    alone = {"video": "film.gif", "question": "?", "video_frames": 2}
+    source.write_text(lines_of(alone, alone | {"image": "a.png"}))
+    out = tmp_path / "out"
+    assert batch(source, out, server.url, "--detail", "high", "--fit", "pad")[2] == "2 of 2 answered\n"
+    details = {each["line"]: each["vision"]["detail"] for each in written(out)}
+    assert details == {1: "low", 2: "high"}
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("NaN", "no valid JSON (NaN is no finite number)"),
+        ("-Infinity", "no valid JSON (-Infinity is no finite number)"),
+        ("1e999", "no valid JSON (1e999 is no finite number)"),
+        ("[" * 100_000, "no valid JSON (maximum recursion depth exceeded"),
+        ("1" * 5_000, "no valid JSON (Exceeds the limit"),
+    ],
+)
+def test_a_line_that_no_program_can_send_fails_alone(server, source, tmp_path, value, told):
+    with source.open("a") as questions:
+        questions.write(f'{{"image": "a.png", "question": "?", "temperature": {value}}}\n')
+    status, _, said = batch(source, tmp_path / "out", server.url)
+    assert (status, said.splitlines()[0]) == (1, "6 of 7 answered")
+    assert said.splitlines()[2].startswith(f"  line 7: {told}")
 
 
 def test_several_images_and_ids_stand_in_a_question(server, source, tmp_path):

@@ -5,14 +5,16 @@ A transport checks types and ranges of its own wire format, makes `Fields` of it
 
 from __future__ import annotations
 
+import re
 import secrets
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from service.core.card import ModelCard
-from service.core.errors import InvalidRequest, naming_frame, naming_image, naming_video
+from service.core.errors import GlimpseError, InvalidRequest, naming_frame, naming_image, naming_video
 from service.core.frames import MAX_FRAMES, FrameSampling
 from service.core.guide import guide_of
 from service.core.request import (
@@ -34,6 +36,8 @@ from service.edges.caller import NOBODY, Caller
 from service.edges.image_text import source_of
 
 SHORT_SHARE = 0.9  # of the default timeout
+
+Names = Mapping[str, str]  # from a field's name in errors of the core, and of this module, to its name in a transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,22 @@ def to_request(fields: Fields, card: ModelCard, limits: QuestionLimits, caller: 
         gave_budget=(fields.vision_tokens is not None, fields.visual_tokens is not None),
         route=caller.route,
     )
+
+
+@contextmanager
+def naming(names: Names) -> Iterator[None]:
+    """Give an error the transport's name of the field at fault, in its `param` and in its message."""
+    try:
+        yield
+    except GlimpseError as error:
+        ours = error.param or ""
+        if ours in names:
+            error.param = theirs = names[ours]
+            # A plain word, such as image, is a name where the message begins with it, and a word elsewhere.
+            place = rf"\b{re.escape(ours)}\b" if re.search(r"[_.]", ours) else rf"\A{ours}\b"
+            error.message = re.sub(place, theirs, error.message)
+            error.args = (error.message,)
+        raise
 
 
 def new_seed() -> int:

@@ -66,7 +66,9 @@ async def test_an_answer_below_the_least_confidence_is_given_and_abstains(house)
 
 
 async def test_a_least_confidence_needs_a_calibrated_model():
-    with pytest.raises(InvalidRequest, match=r"^tiny does not tell how sure it is .*leave min_confidence out$") as refused:
+    with pytest.raises(
+        InvalidRequest, match=r"^tiny does not tell how sure it is .*leave min_confidence out$"
+    ) as refused:
         await answer(House(), request(min_confidence=0.5))
     assert (refused.value.param, refused.value.code) == ("min_confidence", "confidence_not_supported")
 

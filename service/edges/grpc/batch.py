@@ -9,7 +9,7 @@ from typing import Self
 
 from service.core.errors import GlimpseError, InvalidRequest, Overloaded, TooLarge, without_frames
 from service.core.request import Priority
-from service.edges.asking import to_request
+from service.edges.asking import naming, to_request
 from service.edges.batching import Batch
 from service.edges.grpc.calls import Call
 from service.edges.grpc.edge import GrpcEdge
@@ -89,9 +89,10 @@ class BatchCall:
         if question.timeout_s is not None and not question.timeout_s >= LEAST_TIMEOUT_S:
             raise InvalidRequest(f"timeout_s must be at least {LEAST_TIMEOUT_S:g}", param="timeout_s")
         message = question_in(question.data)
-        fields = fields_of(message, stream=False, timeout_s=question.timeout_s, priority=Priority.LOW)
-        request = to_request(fields, pipeline.card_for(caller.route), self.edge.questions, caller)
-        asked, said, end = await batch.answer(request, reservation)
+        fields, names = fields_of(message, stream=False, timeout_s=question.timeout_s, priority=Priority.LOW)
+        with naming(names):
+            request = to_request(fields, pipeline.card_for(caller.route), self.edge.questions, caller)
+            asked, said, end = await batch.answer(request, reservation)
         return answer_message(asked.id, pipeline.card.name, said.text, end, message.explain, said.log_probs)
 
     async def write(self, index: int, result: pb.BatchResponse | GlimpseError) -> None:

@@ -15,7 +15,7 @@ from service.core.answer import Delta, Finished, FrameSeen, KeptImage, TokenLogP
 from service.core.errors import GlimpseError, InvalidRequest, status_of
 from service.core.request import Clip, Exchange, ImageBytes, ImageId, ImageSource, ImageUrl, Part, Text
 from service.core.vision import Relevance
-from service.edges.asking import Fields, frames_clip
+from service.edges.asking import Fields, Names, frames_clip, naming
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.edges.grpc.wire import fields_in, require_few_fields, varint
 from service.edges.http.faults import invalid_request
@@ -40,6 +40,10 @@ ABSTAIN_REASONS = {
 }
 SEEN_DETAILS = {"low": pb.DETAIL_LOW, "high": pb.DETAIL_HIGH}
 SEEN_FITS = {name: number for number, name in FITS.items()}
+TOKENS = ("vision_tokens", "visual_tokens")
+RANGE_ENDS = {
+    f"budget.{name}.{i}": f"budget.{name}.{end}" for name in TOKENS for i, end in enumerate(("least", "most"))
+}
 
 
 class MessageFields(Asked):
@@ -115,8 +119,11 @@ def chunk_in(data: bytes) -> bytes:
 
 def fields_of(
     message: pb.AnswerRequest, *, stream: bool, timeout_s: float | None, priority: str | None = None
-) -> Fields:
-    """Check types and ranges of a question. `priority` is its default. Raises InvalidRequest."""
+) -> tuple[Fields, Names]:
+    """Check types and ranges of a question. `priority` is its default. Raises InvalidRequest, in the message's names.
+
+    Errors that come later name our fields: `naming` turns them into the message's.
+    """
     if len(message.turns) > MAX_TURNS:
         raise InvalidRequest(f"turns may hold at most {MAX_TURNS} items", param="turns")
     given: dict[str, object] = {"logprobs": message.logprobs, "top_logprobs": message.top_logprobs}
@@ -138,17 +145,44 @@ def fields_of(
     try:
         checked = MessageFields.model_validate({"question": "", "stop": tuple(message.stop), **given})
     except ValidationError as exc:
-        raise invalid_request(exc, MessageFields.model_fields, NESTED) from exc
+        with naming(RANGE_ENDS):
+            raise invalid_request(exc, MessageFields.model_fields, NESTED) from exc
+    if message.HasField("json_schema") and checked.json_schema is None:
+        raise InvalidRequest("json_schema is null: send an object, or leave it out", param="json_schema")
     parts = parts_of(message.parts, "parts")
     turns = tuple(
         Exchange(parts_of(turn.parts, f"turns.{index}.parts"), turn.answer) for index, turn in enumerate(message.turns)
     )
+    names = _names_of(message)
     fields = checked.fields(parts, turns)
-    return replace(fields, stream=stream, timeout_s=timeout_s, system=message.system)
+    return replace(fields, stream=stream, timeout_s=timeout_s, system=message.system), names
+
+
+def _names_of(message: pb.AnswerRequest) -> Names:
+    """Return the message's names of our fields. Raises InvalidRequest if it has no image and no video."""
+    names = {"images": "parts"}
+    images: list[str] = []
+    places = {f"turns.{index}.parts": turn.parts for index, turn in enumerate(message.turns)} | {"parts": message.parts}
+    for where, parts in places.items():
+        names[where.replace("parts", "question")] = where
+        for index, part in enumerate(parts):
+            kind = part.WhichOneof("part")
+            place = f"{where}.{index}.{kind}"
+            if kind.startswith("image"):
+                images.append(place)
+            elif kind != "text":
+                names |= {"video": place, "frames": place}
+                names |= {f"frames.{frame}": f"{place}.frames.{frame}" for frame in range(len(part.frames.frames))}
+    names |= {f"images.{index}": place for index, place in enumerate(images)}
+    if images:
+        names["image"] = images[0]  # of one image; an error about several has its index
+    elif "video" not in names:
+        raise InvalidRequest("parts has no image or video: add one", param="parts", code="missing_field")
+    return names
 
 
 def budget_of(budget: pb.Budget) -> dict[str, tuple[int, int]]:
-    ranges = {name: getattr(budget, name) for name in ("vision_tokens", "visual_tokens") if budget.HasField(name)}
+    ranges = {name: getattr(budget, name) for name in TOKENS if budget.HasField(name)}
     return {name: (each.least, each.most) for name, each in ranges.items()}
 
 
@@ -169,8 +203,9 @@ def part_of(part: pb.Part, where: str) -> Part:
         case "video" | "video_id" | "video_url":
             return Clip(source_in(part, kind))
         case "frames":
-            frames = part.frames.frames  # named as they are when they are loaded: there is one clip
-            return frames_clip([frame_of(each, f"frames.{i}") for i, each in enumerate(frames)], "frames")
+            place = f"{where}.frames"
+            frames = [frame_of(each, f"{place}.frames.{index}") for index, each in enumerate(part.frames.frames)]
+            return frames_clip(frames, place)
     raise InvalidRequest(f"{where} is empty: set its text, image or video", param=where)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import dataclass
 
 import grpc  # type: ignore[import-untyped]
 from grpc_health.v1.health import SERVICE_NAME as HEALTH  # type: ignore[import-untyped]
 
 from service.core.access import Scope
 from service.core.answer import Delta, TokenLogProb
+from service.core.errors import naming_field
 from service.core.request import Request
-from service.edges.asking import to_request
+from service.edges.asking import Names, naming, to_request
 from service.edges.grpc.batch import BatchCall
 from service.edges.grpc.calls import Call, Calls
 from service.edges.grpc.edge import MAX_CALLS, GrpcEdge
@@ -23,6 +25,15 @@ from service.edges.whole import whole
 
 SERVICE = pb.DESCRIPTOR.services_by_name["VisualQuestionAnswering"].full_name
 TELLING_S = 1.0  # for callers to be told that the server ended their calls
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Hold a question as a core Request, whether to explain its answer, and the message's names of our fields."""
+
+    request: Request
+    explain: bool
+    names: Names
 
 
 class VisualQuestionAnswering:
@@ -51,20 +62,23 @@ class VisualQuestionAnswering:
 
     async def answer(self, _: object, context: grpc.aio.ServicerContext) -> pb.AnswerResponse:
         async with self.calls.scope(context, "Answer", Scope.ASK) as call:
-            request, explain = await self.read_question(call, stream=False)
-            said, end = await whole(self.edge.pipeline.answer(request, call.reservation))
-            return answer_message(request.id, self.model, said.text, end, explain, said.log_probs)
+            asked = await self.read_question(call, stream=False)
+            with naming(asked.names):
+                said, end = await whole(self.edge.pipeline.answer(asked.request, call.reservation))
+            return answer_message(asked.request.id, self.model, said.text, end, asked.explain, said.log_probs)
 
     async def stream_answer(self, _: object, context: grpc.aio.ServicerContext) -> None:
         async with self.calls.scope(context, "StreamAnswer", Scope.ASK) as call:
-            request, explain = await self.read_question(call, stream=True)
+            asked = await self.read_question(call, stream=True)
+            request = asked.request
             answer = self.edge.pipeline.answer(request, call.reservation)
             told: list[TokenLogProb] = []
-            async with call.present(request.timeout_s), aclosing(answer) as events:
-                async for event in events:
-                    if isinstance(event, Delta):
-                        told += event.log_probs
-                    await context.write(event_message(request.id, self.model, event, explain, told))
+            with naming(asked.names):
+                async with call.present(request.timeout_s), aclosing(answer) as events:
+                    async for event in events:
+                        if isinstance(event, Delta):
+                            told += event.log_probs
+                        await context.write(event_message(request.id, self.model, event, asked.explain, told))
 
     async def batch(self, _: object, context: grpc.aio.ServicerContext) -> None:
         async with self.calls.scope(context, "Batch", Scope.ASK) as call:
@@ -72,20 +86,22 @@ class VisualQuestionAnswering:
 
     async def put_image(self, _: object, context: grpc.aio.ServicerContext) -> pb.PutImageResponse:
         async with self.calls.scope(context, "PutImage", Scope.UPLOAD) as call:
-            image = await call.image()
-            return kept_message(await self.edge.pipeline.keep_image(image, call.reservation))
+            with naming_field("data"):
+                image = await call.image()
+                return kept_message(await self.edge.pipeline.keep_image(image, call.reservation))
 
-    async def read_question(self, call: Call, *, stream: bool) -> tuple[Request, bool]:
-        """Reserve, read and parse a question -> it, and whether to explain the answer.
+    async def read_question(self, call: Call, *, stream: bool) -> Question:
+        """Reserve, read and parse a question.
 
         Raises InvalidRequest, TooLarge, SlowBody, Overloaded.
         """
         received = await call.message()
         await self.edge.turns.next()
         message = question_in(received)
-        fields = fields_of(message, stream=stream, timeout_s=call.timeout_s())
+        fields, names = fields_of(message, stream=stream, timeout_s=call.timeout_s())
         card = self.edge.pipeline.card_for(call.caller.route)
-        return to_request(fields, card, self.edge.questions, call.caller), message.explain
+        with naming(names):
+            return Question(to_request(fields, card, self.edge.questions, call.caller), message.explain, names)
 
     @property
     def model(self) -> str:

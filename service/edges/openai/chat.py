@@ -18,7 +18,7 @@ from service.core.answer import Delta, Finished
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest
 from service.core.request import ImageSource
-from service.edges.asking import to_request
+from service.edges.asking import Names, naming, to_request
 from service.edges.caller import Caller
 from service.edges.http.answering import EventStream, OpenQuestion, media_type_of, read_question, whole_answer
 from service.edges.http.body import BOM, JSON
@@ -26,7 +26,7 @@ from service.edges.http.edge import Edge, edge_of, present
 from service.edges.http.json_bounds import Question, split
 from service.edges.http.respond import JsonResponse
 from service.edges.http.schema import seen_fields
-from service.edges.openai.messages import Names, fields_of, naming, places_of_images
+from service.edges.openai.messages import fields_of, places_of_images
 from service.edges.openai.schema import (
     AnswerMessage,
     ChatCompletion,

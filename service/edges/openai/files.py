@@ -10,11 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.core.errors import InvalidRequest, naming_field
+from service.edges.asking import naming
 from service.edges.http.body import FormPart, parse_form
 from service.edges.http.faults import UNSUPPORTED
 from service.edges.http.images import deleted, is_form, kept, read_upload
 from service.edges.http.respond import JsonResponse
-from service.edges.openai.messages import naming
 from service.edges.openai.schema import DeletedFile, KeptFile
 
 PURPOSES: dict[bytes, Literal["vision", "user_data"]] = {b"vision": "vision", b"user_data": "user_data"}

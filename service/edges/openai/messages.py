@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from service.core.errors import GlimpseError, InvalidRequest
+from service.core.errors import InvalidRequest
 from service.core.request import Clip, Detail, Exchange, ImageId, ImageSource, Part, Text
-from service.edges.asking import Fields
+from service.edges.asking import Fields, Names, naming
 from service.edges.http.faults import UNSUPPORTED
 from service.edges.image_text import source_of
 from service.edges.openai.schema import PART_TYPES, ChatMessage, ChatRequest, ContentPart, FileContent
@@ -22,8 +20,6 @@ PLAIN_FIELDS = (
     *("video_frames", "video_sampling", "page"),
 )
 SYSTEM = ("system", "developer")
-
-Names = Mapping[str, str]  # from a field's name in the core's errors to its name in the chat
 
 
 def fields_of(chat: ChatRequest, images: Mapping[str, ImageSource] = MappingProxyType({})) -> tuple[Fields, Names]:
@@ -57,22 +53,6 @@ def fields_of(chat: ChatRequest, images: Mapping[str, ImageSource] = MappingProx
     given |= {"log_probs": bool(chat.logprobs), "top_log_probs": chat.top_logprobs or 0}
     system = " ".join(talk.system)
     return Fields(parts=tuple(talk.asked), turns=tuple(talk.turns), system=system, **given), names
-
-
-@contextmanager
-def naming(names: Names) -> Iterator[None]:
-    """Give an error the chat's name of the field at fault, in its `param` and in its message."""
-    try:
-        yield
-    except GlimpseError as error:
-        ours = error.param or ""
-        if ours in names:
-            error.param = theirs = names[ours]
-            # A plain word, such as image, is a name where the message begins with it, and a word elsewhere.
-            place = rf"\b{re.escape(ours)}\b" if re.search(r"[_.]", ours) else rf"\A{ours}\b"
-            error.message = re.sub(place, theirs, error.message)
-            error.args = (error.message,)
-        raise
 
 
 def _max_tokens(chat: ChatRequest) -> tuple[str, int] | None:

@@ -21,7 +21,7 @@ from service.core.errors import Overloaded, Unavailable
 from service.edges.grpc import calls
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from tests.support import films
-from tests.support.calls import Service, chunks, failure, question, served, streamed
+from tests.support.calls import Service, chunks, failure, part_of, question, served, streamed
 from tests.support.fakes import SPELLED, House, png, until
 
 TEN_MINUTES_S = 600
@@ -116,21 +116,48 @@ async def test_the_callers_id_comes_back_and_its_tenant_holds_the_reservation(se
 @pytest.mark.parametrize(
     ("asked", "metadata", "status", "reason", "field"),
     [
-        (question("what colour?"), (), "INVALID_ARGUMENT", "missing_field", "image"),
-        (question(png()), (), "INVALID_ARGUMENT", "invalid_request", "question"),
+        (question("what colour?"), (), "INVALID_ARGUMENT", "missing_field", "parts"),
+        (question(png()), (), "INVALID_ARGUMENT", "invalid_request", "parts"),
+        (
+            question(png(), "?", turns=[pb.Turn(parts=[pb.Part(text=" ")], answer="a")]),
+            (),
+            *("INVALID_ARGUMENT", "invalid_request", "turns.0.parts"),
+        ),
+        (
+            question("img_unknown", "?", turns=[pb.Turn(parts=[pb.Part(text="?"), part_of(png())], answer="a")]),
+            (),
+            *("NOT_FOUND", "image_not_found", "parts.0.image_id"),
+        ),
+        (
+            question("?", turns=[pb.Turn(parts=[pb.Part(text="?"), part_of(b"no image")], answer="a")]),
+            (),
+            *("INVALID_ARGUMENT", "invalid_image", "turns.0.parts.1.image"),
+        ),
+        (
+            pb.AnswerRequest(parts=[pb.Part(text="?"), pb.Part(video=b"no video")]),
+            (),
+            *("INVALID_ARGUMENT", "invalid_image", "parts.1.video"),
+        ),
+        (
+            pb.AnswerRequest(
+                parts=[pb.Part(frames=pb.Frames(frames=[pb.Frame(image=png()), pb.Frame(image=b"no")])), part_of("?")]
+            ),
+            (),
+            *("INVALID_ARGUMENT", "invalid_image", "parts.0.frames.frames.1"),
+        ),
         (question(temperature=9.0), (), "INVALID_ARGUMENT", "invalid_request", "temperature"),
-        (question(b"no image", "?"), (), "INVALID_ARGUMENT", "invalid_image", "image"),
-        (question(png(), b"no image", "?"), (), "INVALID_ARGUMENT", "invalid_image", "images.1"),
-        (question(png(size=(2000, 2000)), "?"), (), "INVALID_ARGUMENT", "too_large", "image"),
-        (question(bytes(100_001), "?"), (), "INVALID_ARGUMENT", "too_large", "image"),
+        (question(b"no image", "?"), (), "INVALID_ARGUMENT", "invalid_image", "parts.0.image"),
+        (question(png(), b"no image", "?"), (), "INVALID_ARGUMENT", "invalid_image", "parts.1.image"),
+        (question(png(size=(2000, 2000)), "?"), (), "INVALID_ARGUMENT", "too_large", "parts.0.image"),
+        (question(bytes(100_001), "?"), (), "INVALID_ARGUMENT", "too_large", "parts.0.image"),
         (question(max_tokens=190), (), "INVALID_ARGUMENT", "context_length_exceeded", "max_tokens"),
         (question(detail=pb.DETAIL_HIGH), (), "INVALID_ARGUMENT", "detail_not_supported", "detail"),
-        (question("img_unknown", "?"), (), "NOT_FOUND", "image_not_found", "image"),
+        (question("img_unknown", "?"), (), "NOT_FOUND", "image_not_found", "parts.0.image_id"),
         (question(), (("x-tenant-id", "a b"),), "INVALID_ARGUMENT", "invalid_tenant", "x-tenant-id"),
         (
             pb.AnswerRequest(parts=[pb.Part(image_url="https://x/y.png"), pb.Part(text="?")]),
             (),
-            *("INVALID_ARGUMENT", "url_not_supported", "image"),
+            *("INVALID_ARGUMENT", "url_not_supported", "parts.0.image_url"),
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -237,7 +264,7 @@ async def test_a_message_that_does_not_come_is_not_awaited_for_ever():
 )
 async def test_an_upload_that_is_no_image_or_too_large_is_refused(service, data, reason):
     failed = await failure(service.stub.PutImage(chunks(data, size=1000)))
-    assert (failed.code, failed.reason, failed.field) == ("INVALID_ARGUMENT", reason, "image")
+    assert (failed.code, failed.reason, failed.field) == ("INVALID_ARGUMENT", reason, "data")
 
 
 async def test_a_message_over_the_limit_is_refused_by_its_size(service):

@@ -142,8 +142,8 @@ async def test_errors_have_the_codes_of_http(http, stub):
     wrong = {"image": "img_0", "question": QUESTION}
     said = (await http.post("/v1/vqa", json=wrong)).json()["error"]
     failed = await failure(stub.Answer(question("img_0", QUESTION), metadata=(("x-request-id", "mine"),)))
-    assert (failed.code, failed.reason, failed.field) == ("NOT_FOUND", said["code"], said["param"])
-    assert failed.message == said["message"]
+    assert (failed.code, failed.reason, failed.field) == ("NOT_FOUND", said["code"], "parts.0.image_id")
+    assert failed.message == said["message"].replace("image", "parts.0.image_id", 1)
     assert failed.details[error_details_pb2.RequestInfo].request_id == "mine"
 
 

@@ -24,7 +24,7 @@ from tests.support.calls import question
 
 def fields(message: pb.AnswerRequest, *, stream: bool = False, timeout_s: float | None = None) -> Fields:
     """As a caller's message comes in."""
-    return fields_of(question_in(message.SerializeToString()), stream=stream, timeout_s=timeout_s)
+    return fields_of(question_in(message.SerializeToString()), stream=stream, timeout_s=timeout_s)[0]
 
 
 def refused(message: pb.AnswerRequest) -> InvalidRequest:
@@ -34,12 +34,13 @@ def refused(message: pb.AnswerRequest) -> InvalidRequest:
 
 
 def test_fields_that_are_left_out_have_the_defaults_of_every_transport():
-    assert fields(question("what colour?")) == Fields(parts=(Text("what colour?"),))
+    assert fields(question("img_1", "what colour?")) == Fields(parts=(ImageId("img_1"), Text("what colour?")))
 
 
 def test_every_field_is_taken():
     asked = fields(
         question(
+            "img_1",
             "?",
             max_tokens=3,
             temperature=0.5,
@@ -65,7 +66,7 @@ def test_every_field_is_taken():
         timeout_s=3.0,
     )
     assert asked == Fields(
-        parts=(Text("?"),),
+        parts=(ImageId("img_1"), Text("?")),
         max_tokens=3,
         temperature=0.5,
         top_k=4,
@@ -93,6 +94,8 @@ def test_every_field_is_taken():
 def test_a_schema_is_the_text_of_a_json_object():
     assert refused(question("?", json_schema="{")).message.startswith("json_schema must be JSON text, such as")
     assert refused(question("?", json_schema="[]")).param == "json_schema"
+    error = refused(question("?", json_schema=" null "))  # which a form takes for a field that was left out
+    assert (error.param, error.message) == ("json_schema", "json_schema is null: send an object, or leave it out")
 
 
 def test_texts_and_images_keep_their_places_in_questions_and_turns():
@@ -130,9 +133,12 @@ def test_a_video_keeps_its_place(part, clip):
         ({"video_frames": 0}, "video_frames"),
         ({"video_frames": 33}, "video_frames"),
         ({"video_sampling": 9}, "video_sampling"),
-        ({"parts": [pb.Part(frames=pb.Frames())]}, "frames"),
-        ({"parts": [pb.Part(frames=pb.Frames(frames=[pb.Frame(image_id="img_1")] * 33))]}, "frames"),
-        ({"parts": [pb.Part(frames=pb.Frames(frames=[pb.Frame(image=b"x"), pb.Frame()]))]}, "frames.1"),
+        ({"parts": [pb.Part(frames=pb.Frames())]}, "parts.0.frames"),
+        ({"parts": [pb.Part(frames=pb.Frames(frames=[pb.Frame(image_id="img_1")] * 33))]}, "parts.0.frames"),
+        (
+            {"parts": [pb.Part(frames=pb.Frames(frames=[pb.Frame(image=b"x"), pb.Frame()]))]},
+            "parts.0.frames.frames.1",
+        ),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"temperature": -0.1}, "temperature"),
@@ -147,11 +153,12 @@ def test_a_video_keeps_its_place(part, clip):
         ({"stop": ["."] * 9}, "stop"),
         ({"detail": 9}, "detail"),
         ({"priority": 9}, "priority"),
-        ({"budget": pb.Budget(vision_tokens=pb.Range(least=-1, most=5))}, "budget.vision_tokens.0"),
+        ({"budget": pb.Budget(vision_tokens=pb.Range(least=-1, most=5))}, "budget.vision_tokens.least"),
         ({"turns": [pb.Turn(answer="x")] * (MAX_TURNS + 1)}, "turns"),
         ({"turns": [pb.Turn(parts=[pb.Part()], answer="x")]}, "turns.0.parts.0"),
         ({"parts": [pb.Part(text="?"), pb.Part()]}, "parts.1"),
         ({"parts": [pb.Part(text="?")] * (MAX_PARTS + 1)}, "parts"),
+        ({"turns": [pb.Turn(parts=[pb.Part(text="?")], answer="x")]}, "parts"),
     ],
 )
 def test_a_wrong_value_is_named_by_its_field(given, param):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from service.core.errors import GlimpseError, InvalidRequest, NotFound
 from service.core.request import Clip, Exchange, ImageBytes, ImageId, ImageSource, ImageUrl, Priority, Request, Text
-from service.edges.asking import QuestionLimits, to_request
-from service.edges.openai.messages import fields_of, naming
+from service.edges.asking import QuestionLimits, naming, to_request
+from service.edges.openai.messages import fields_of
 from service.edges.openai.schema import MAX_MESSAGES, SUPPORTED, ChatRequest
 from tests.support.fakes import CARD
 

@@ -28,12 +28,11 @@ from service.pipeline import Reservation
 
 @dataclass(slots=True)
 class Taken:
-    """Hold a question whose bytes are reserved, or which is refused."""
+    """Hold a question whose bytes are reserved, or which has a fault."""
 
     question: BatchQuestion
     reservation: Reservation
     held: ExitStack = field(default_factory=ExitStack)
-    refusal: Overloaded | None = None
 
 
 class BatchCall:
@@ -53,8 +52,8 @@ class BatchCall:
         batch = Batch(self.edge.pipeline, self.call.caller, ends_at, is_hurried=is_hurried)
 
         async def answer(index: int, taken: Taken) -> pb.BatchResponse:
-            if taken.refusal is not None:
-                raise taken.refusal
+            if taken.question.fault is not None:
+                raise taken.question.fault
             return pb.BatchResponse(index=index, answer=await self.answer(batch, taken.question, taken.reservation))
 
         async with self.call.present(timeout_s):
@@ -66,7 +65,7 @@ class BatchCall:
     async def __anext__(self) -> tuple[int, Taken]:
         """Read the next question, and reserve its bytes until it is answered. Without room it is refused, and let go.
 
-        Raises InvalidRequest, TooLarge, SlowBody, Overloaded.
+        Raises TooLarge, Overloaded.
         """
         data = await self.call.next_message()
         if data is None:
@@ -74,14 +73,16 @@ class BatchCall:
         if self._count == self.edge.batches.max_questions:
             raise TooLarge(f"the batch has more than {self._count:,} questions: send it in parts")
         self._count += 1
-        taken = Taken(batch_question_in(data), self.call.reservation)
-        try:
-            reserved = self.edge.pipeline.bytes_reserved(len(data), self.call.reservation)
-            taken.reservation = taken.held.enter_context(reserved)
-        except Overloaded as refusal:
-            without_frames(refusal)
-            taken = Taken(BatchQuestion(taken.question.index), self.call.reservation, refusal=refusal)
-        return taken.question.index, taken
+        question = batch_question_in(data)
+        taken = Taken(question, self.call.reservation)
+        if question.fault is None:
+            try:
+                reserved = self.edge.pipeline.bytes_reserved(len(data), self.call.reservation)
+                taken.reservation = taken.held.enter_context(reserved)
+            except Overloaded as refusal:
+                without_frames(refusal)
+                taken.question = BatchQuestion(question.index, fault=refusal)
+        return question.index, taken
 
     async def answer(self, batch: Batch, question: BatchQuestion, reservation: Reservation) -> pb.AnswerResponse:
         """Parse and answer one question. Raises GlimpseError."""

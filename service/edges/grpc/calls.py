@@ -59,6 +59,9 @@ log = structlog.get_logger()
 ANSWERING_S = 0.02
 ANSWERING_SHARE = 0.1  # at most this share of a short deadline
 PROMPT_S = 0.5  # a message that is not whole after this time counts as one of the largest
+MAX_PAUSES = (
+    16  # so many calls wait for their callers' next message without that, because most callers send nothing yet
+)
 
 
 async def never() -> None:
@@ -73,6 +76,7 @@ class Call:
     caller: Caller
     reservation: Reservation
     edge: GrpcEdge
+    calls: Calls
 
     def timeout_s(self) -> float | None:
         """Return the time that the caller's deadline leaves for the work, as far as the service allows; None without a
@@ -103,8 +107,12 @@ class Call:
         return data
 
     async def next_message(self) -> bytes | None:
-        """Read the next of several messages; None at their end. Raises SlowBody, Overloaded."""
-        return await self._read(self.edge.bodies.timeout_s, 0)
+        """Read the next of several messages; None at their end. Its caller may pause before it. Raises Overloaded."""
+        self.calls.pausing += 1
+        try:
+            return await self._read(None, 0)
+        finally:
+            self.calls.pausing -= 1
 
     async def image(self) -> bytes:
         """Read an image in chunks. Raises SlowBody, TooLarge, InvalidRequest, Overloaded."""
@@ -122,8 +130,8 @@ class Call:
             chunks.append(chunk)
         return b"".join(chunks)
 
-    async def _read(self, timeout_s: float, came: int) -> bytes | None:
-        """Return the next message's bytes, or None at the end.
+    async def _read(self, timeout_s: float | None, came: int) -> bytes | None:
+        """Return the next message's bytes, or None at the end. Without a timeout the caller may pause.
 
         gRPC collects a message and tells its size when it is whole. So one that takes long reserves what the largest
         needs meanwhile. Raises SlowBody, Overloaded.
@@ -131,6 +139,8 @@ class Call:
         refusals: list[Overloaded] = []
 
         def reserve_most() -> None:
+            if timeout_s is None and self.calls.pausing <= MAX_PAUSES:
+                return
             try:
                 self.reservation.reserve_bytes(self.edge.bodies.max_body_bytes)
             except Overloaded as refusal:
@@ -170,6 +180,7 @@ class Calls:
 
     def __init__(self, edge: GrpcEdge) -> None:
         self.edge = edge
+        self.pausing = 0  # calls that wait for the next of several messages
         self._open = 0
         self._none_open = asyncio.Event()
         self._none_open.set()
@@ -189,7 +200,7 @@ class Calls:
                     async with reservation.until_end():
                         await reservation.account.enter()
                         try:
-                            yield Call(context, caller, reservation, self.edge)
+                            yield Call(context, caller, reservation, self.edge, self)
                         finally:
                             context.set_trailing_metadata(metadata_of(trace_id, reservation))
         except asyncio.CancelledError as gone:  # by gRPC, for a caller that has gone

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from service.core.answer import Delta, Finished, FrameSeen, KeptImage, TokenLogProb
-from service.core.errors import GlimpseError, InvalidRequest, status_of
+from service.core.errors import GlimpseError, InvalidRequest, status_of, without_frames
 from service.core.request import Clip, Exchange, ImageBytes, ImageId, ImageSource, ImageUrl, Part, Text
 from service.core.vision import Relevance
 from service.edges.asking import Fields, Names, frames_clip, naming
@@ -76,27 +76,36 @@ class BatchQuestion:
     index: int = 0
     data: bytes = b""  # an encoded AnswerRequest
     timeout_s: float | None = None
+    fault: GlimpseError | None = None  # in place of a question; if the message has it, it may hide the index
 
 
 def batch_question_in(data: bytes) -> BatchQuestion:
-    """Read an encoded BatchRequest without parsing its question. Raises InvalidRequest."""
+    """Read an encoded BatchRequest without parsing its question."""
     question = BatchQuestion()
-    for number, start, end in fields_in(data, 0, len(data)):
-        match number:
-            case 1:
-                question = replace(question, index=varint(data, start)[0] & 0xFFFF_FFFF)
-            case 2:
-                if question.data:
-                    raise InvalidRequest("question is given twice in one BatchRequest: send one message for each")
-                question = replace(question, data=data[start:end])
-            case 3 if end - start == 8:
-                question = replace(question, timeout_s=struct.unpack("<d", data[start:end])[0])
-            case _:
-                raise InvalidRequest(
-                    f"field number {number} is none of this server's BatchRequest, or is cut off: leave it out",
-                    code="unknown_field",
-                )
+    try:
+        for number, start, end in fields_in(data, 0, len(data)):
+            question = _with_field(question, number, data[start:end])
+    except InvalidRequest as fault:
+        without_frames(fault)
+        return BatchQuestion(question.index, fault=fault)
     return question
+
+
+def _with_field(question: BatchQuestion, number: int, content: bytes) -> BatchQuestion:
+    """Raises InvalidRequest for a field that a BatchRequest does not have."""
+    match number:
+        case 1:
+            return replace(question, index=varint(content, 0)[0] & 0xFFFF_FFFF)
+        case 2:
+            if question.data:
+                raise InvalidRequest("question is given twice in one BatchRequest: send one message for each")
+            return replace(question, data=content)
+        case 3 if len(content) == 8:
+            return replace(question, timeout_s=struct.unpack("<d", content)[0])
+    raise InvalidRequest(
+        f"field number {number} is none of this server's BatchRequest, or is cut off: leave it out",
+        code="unknown_field",
+    )
 
 
 def error_message(error: GlimpseError) -> pb.Error:

@@ -21,7 +21,6 @@ from service.admission.scheduler import Resource
 from service.core.errors import Unavailable
 from service.edges.batching import Batch
 from service.edges.caller import Caller
-from service.edges.grpc import calls as calls_module
 from service.edges.grpc.calls import Calls
 from service.edges.grpc.server import VisualQuestionAnswering
 from service.edges.grpc.stubs import vqa_pb2 as pb
@@ -372,11 +371,8 @@ async def test_a_request_that_is_over_holds_nothing(house, collector_off, ask, p
     assert house.pipeline.images.store.held_bytes == 0
 
 
-async def test_questions_of_batches_hold_what_is_reserved_for_them_and_nothing_afterwards(
-    house, collector_off, monkeypatch
-):
+async def test_questions_of_batches_hold_what_is_reserved_for_them_and_nothing_afterwards(house, collector_off):
     """Of many calls that each wait for a turn, and then for their caller's next message."""
-    monkeypatch.setattr(calls_module, "PROMPT_S", 60.0)  # else a caller that waits reserves the largest message
     house.vision.close("see")
     ended = asyncio.Event()
     before, _ = tracemalloc.get_traced_memory()

@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from service.admission.quota import Cost
 from service.core.errors import InvalidRequest
+from service.edges.grpc import calls
 from service.edges.grpc.messages import batch_question_in
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from tests.support.calls import Service, failure, question, served
@@ -80,6 +81,47 @@ async def test_results_come_while_questions_are_still_sent(service):
         assert (await call.read()).index == number
     await call.done_writing()
     assert await call.read() is grpc.aio.EOF
+
+
+async def test_a_caller_may_pause_between_its_questions_for_longer_than_a_body_may_take(monkeypatch):
+    monkeypatch.setattr(calls, "PROMPT_S", 0.01)
+    async with served(House(body_timeout_s=0.05)) as service:
+        house = service.house
+        house.language.gate.clear()
+        call = service.stub.Batch()
+        await call.write(pb.BatchRequest(index=0, question=question()))
+        await until(lambda: house.language.open)
+        held = house.admission.quota.held
+        await asyncio.sleep(0.2)
+        assert house.admission.quota.held == held
+        house.language.gate.set()
+        assert (await call.read()).answer.answer == "red"
+        await call.write(pb.BatchRequest(index=1, question=question()))
+        assert (await call.read()).answer.answer == "red"
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+
+
+async def test_many_pauses_at_once_reserve_what_the_largest_message_needs(service, monkeypatch):
+    monkeypatch.setattr(calls, "PROMPT_S", 0.001)
+    monkeypatch.setattr(calls, "MAX_PAUSES", 2)
+    quota = service.house.admission.quota
+    paused = []
+    for pauses in range(1, 5):
+        paused.append(service.stub.Batch())
+        await paused[-1].write(pb.BatchRequest(index=0, question=question()))
+        assert (await paused[-1].read()).answer.answer == "red"
+        beyond = max(0, pauses - 2) * service.house.settings.max_body_bytes
+        await until(lambda beyond=beyond: quota.held.nbytes == beyond)
+    for call in paused:
+        call.cancel()
+    await until(lambda: quota.held == Cost())
+
+
+async def test_a_pause_lasts_no_longer_than_the_batch():
+    async with served(House(batch_timeout_s=0.05)) as service:
+        failed = await failure(service.stub.Batch().read())
+        assert (failed.code, failed.reason) == ("DEADLINE_EXCEEDED", "deadline_exceeded")
 
 
 async def test_a_batch_reads_no_further_than_it_answers(service):
@@ -153,12 +195,19 @@ def test_a_message_is_read_without_parsing_its_question(index, timeout_s):
 
 
 @pytest.mark.parametrize("data", [b"\xf8\x07\x01", b"\x12\x01\x08\x12\x01\x08", b"\x19\x00", b"\x0b\x0c"])
-def test_a_message_that_is_none_is_refused(data):
-    with pytest.raises(InvalidRequest):
-        batch_question_in(data)
+def test_a_message_that_is_none_has_a_fault_and_its_index(data):
+    read = batch_question_in(pb.BatchRequest(index=7).SerializeToString() + data)
+    assert (read.index, read.data, type(read.fault)) == (7, b"", InvalidRequest)
 
 
-async def test_a_message_that_is_none_fails_the_call(service):
-    raw = service.channel.stream_stream("/glimpse.v1.VisualQuestionAnswering/Batch")
-    failed = await failure(asyncio.ensure_future(results_of(raw(iter([b"\xf8\x07\x01"])))))
-    assert (failed.code, failed.reason) == ("INVALID_ARGUMENT", "unknown_field")
+async def test_a_message_that_is_none_leaves_the_others_alone(service):
+    asked = [each.SerializeToString() for each in batch(question(), question(), question())]
+    asked[1] += b"\xf8\x07\x01"
+    raw = service.channel.stream_stream(
+        "/glimpse.v1.VisualQuestionAnswering/Batch", response_deserializer=pb.BatchResponse.FromString
+    )
+    results = await results_of(raw(iter(asked)))
+    assert [results[number].answer.answer for number in (0, 2)] == ["red", "red"]
+    assert (results[1].error.status, results[1].error.code) == (INVALID, "unknown_field")
+    assert service.counted() == {("Batch", "OK"): 1}
+    assert service.house.admission.quota.held == Cost()

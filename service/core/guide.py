@@ -124,7 +124,7 @@ def _schema_text(schema: Mapping[str, Any]) -> str:
         )
     counts: list[int] = []
     multiples = Fraction(1)
-    for node in _schemas(schema):
+    for node in schemas_in(schema):
         counts += [_whole(name, node[name]) for name in _COUNTS if name in node]
         for name in _LENGTHS:
             if name in node and _whole(name, node[name]) > MAX_LENGTH:
@@ -165,16 +165,16 @@ def _children(value: object) -> Iterator[object]:
         yield from value
 
 
-def _schemas(schema: object) -> Iterator[Mapping[str, Any]]:
+def schemas_in(schema: object) -> Iterator[Mapping[str, Any]]:
     """Yield every object of a schema that may be a schema itself."""
     if isinstance(schema, dict):
         yield schema
         for name, child in schema.items():
             if name not in _VALUES:
-                yield from _schemas(child)
+                yield from schemas_in(child)
     elif isinstance(schema, list):
         for child in schema:
-            yield from _schemas(child)
+            yield from schemas_in(child)
 
 
 def _whole(name: str, value: object) -> int:

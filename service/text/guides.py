@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from service.core.errors import InvalidRequest
 from service.core.guide import Guide
+from service.text.spelling import Spelling
 
 KEPT_GUIDES = 16  # each with the lexer's states that its answers came to: up to 20 MB
 MAX_REASON_CHARS = 200
@@ -35,6 +36,7 @@ LIMITS = llguidance.LLParserLimits(
     max_lexer_states=10_000,  # each takes 1 to 2 kB
     verbose_errors=False,
 )
+_ASCII = {"\n", *map(chr, range(32, 127))}
 _SLASHES = re.compile(r"\\.|[/\n\r]", re.DOTALL)
 _WITHOUT = {"/": r"\x2F", r"\/": r"\x2F", "\n": r"\n", "\r": r"\r", "\\\n": r"\n", "\\\r": r"\r"}
 _WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -107,6 +109,7 @@ class Guides:
         """`spelled` are the tokens' bytes [V]; a token without bytes never comes in a guided answer. `encode` is the
         model's tokenizer, without special tokens."""
         self.vocab_size = len(spelled)
+        self._unspelled = Spelling.of(spelled).lacks(_ASCII)
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Vocabulary(spelled, end_id, encode)), n_vocab=len(spelled)
         )
@@ -140,7 +143,7 @@ class Guides:
         return compiled
 
     def _compiled(self, guide: Guide) -> Compiled:
-        matcher = llguidance.LLMatcher(self._tokenizer, _grammar(guide), log_level=0, limits=LIMITS)
+        matcher = llguidance.LLMatcher(self._tokenizer, _grammar(guide, self._unspelled), log_level=0, limits=LIMITS)
         if not (error := matcher.get_error()):
             mask = np.frombuffer(matcher.compute_bitmask(), np.int32)
             error = matcher.get_error() and "no answer can satisfy it"
@@ -149,13 +152,21 @@ class Guides:
         return Compiled(matcher, mask, partial(self._compiled, guide))
 
 
-def _grammar(guide: Guide) -> str:
-    """Write a guide in llguidance's own dialect of Lark."""
+def _grammar(guide: Guide, unspelled: Sequence[str]) -> str:
+    """Write a guide in llguidance's own dialect of Lark.
+
+    Matches of a regular expression with a character that no token has are left out: an answer that began one could not
+    go on.
+    """
     if guide.kind == "json_schema":
         schema = _schema(guide) | {"x-guidance": _WHITESPACE}
         return f'start: answer | " " answer\nanswer: %json {json.dumps(schema)}\n'
     regex = _SLASHES.sub(lambda found: _WITHOUT.get(found[0], found[0]), guide.text)
-    return f"start: ANSWER\nANSWER: / ?/ (FORM & ~SPACED)\nFORM: /{regex}/\nSPACED: /(?s:\\s.*)/\n"
+    form = f"FORM: /{regex}/\nSPACED: /(?s:\\s.*)/\n"
+    if not unspelled:
+        return f"start: ANSWER\nANSWER: / ?/ (FORM & ~SPACED)\n{form}"
+    left_out = "".join(f"\\x{ord(each):02X}" for each in unspelled)
+    return f"start: ANSWER\nANSWER: / ?/ (FORM & ~SPACED & ~LACKING)\n{form}LACKING: /(?s:.*[{left_out}].*)/\n"
 
 
 def _schema(guide: Guide) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Protocol
 
 from service.core.card import ModelCard
 from service.core.errors import InvalidRequest, NotFound
+from service.core.guide import Guide
 from service.core.models import LanguageModel
 from service.core.request import Budget, Clip, Request
 from service.core.variant import ANY, DEFAULT, Route, Served
 from service.text.prompt import PromptBuilder, token_bytes
+from service.text.spelling import Spelling, needed
 from service.upstreams.retry_budget import RetryBudget
 from service.upstreams.variants import EVERY, Sticky, assigned, words
 from service.vision_stage import VisionStage
@@ -42,9 +44,11 @@ class Model:
     in_flight: int = 0  # attempts
     users: int = 0  # requests that may still try it
     spelled: list[bytes] = field(default_factory=list)  # each token's bytes; read from the tokenizer if left out
+    spelling: Spelling = field(init=False)
 
     def __post_init__(self) -> None:
         self.spelled = self.spelled or token_bytes(self.prompts.tokenizer)
+        self.spelling = Spelling.of(self.spelled)
 
     @property
     def answers(self) -> bool:
@@ -83,12 +87,8 @@ class Model:
                 param="min_confidence",
                 code="confidence_not_supported",
             )
-        if request.sampling.guide is not None and not card.guides:
-            raise InvalidRequest(
-                f"the server of {card.name} cannot constrain answers: leave {request.sampling.guide.field} out",
-                param=request.sampling.guide.field,
-                code="constraints_not_supported",
-            )
+        if (guide := request.sampling.guide) is not None:
+            self._check_guide(guide)
         detail = request.seen_detail
         offered = card.vision_tokens_for(detail)
         model = f"{card.name} with detail {detail}" if card.closer_view else card.name
@@ -96,6 +96,20 @@ class Model:
         require_range("budget.visual_tokens", budget.visual_tokens, card.visual_tokens, card.name, multiple_of=32)
         self._check_clip_tokens(request)
         return self.prompts.require_room(request)
+
+    def _check_guide(self, guide: Guide) -> None:
+        """Raises InvalidRequest if the model's answers cannot follow the guide."""
+        why = ""
+        if not self.card.guides:
+            why = f"the server of {self.card.name} cannot constrain answers: leave {guide.field} out"
+        elif lacking := self.spelling.lacks(needed(guide)):
+            told = ", ".join(map(repr, lacking))
+            why = (
+                f"no token of {self.card.name} has {told}, which {guide.field} must have: leave {guide.field} out, or "
+                "ask for other characters"
+            )
+        if why:
+            raise InvalidRequest(why, param=guide.field, code="constraints_not_supported")
 
     def _check_clip(self, request: Request, clip: Clip) -> None:
         """Raises InvalidRequest if the model cannot answer about the clip."""

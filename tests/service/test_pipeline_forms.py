@@ -9,10 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.core.errors import InvalidRequest
 from service.core.guide import guide_of
 from service.core.request import Sampling
+from service.text.spelling import Spelling
 from tests.service.test_pipeline import answer, request
-from tests.support.fakes import House, ids_of
+from tests.support.fakes import SPELLED, House, ids_of
 
 SCHEMA = {
     "type": "object",
@@ -72,3 +74,20 @@ def test_a_form_that_a_stop_string_cut_is_finished_only_if_it_is_whole(said, tex
     guide = guide_of(None, "[a-z]+(, [a-z]+)?", None)
     assert said(text, Sampling(max_tokens=32, stop=tuple(stop), guide=guide)) == (answered, reason)
     assert said(text, Sampling(max_tokens=32, stop=tuple(stop)))[1] == "stop"  # text without a form is whole anywhere
+
+
+@pytest.mark.parametrize(("field", "value"), [("json_schema", SCHEMA), ("choices", ["a", "{a}"])])
+async def test_a_form_that_the_vocabulary_cannot_spell_is_refused_before_any_work(field, value):
+    house = House()
+    (model,) = house.pipeline.models.models
+    model.spelling = Spelling.of([each for each in SPELLED if each not in (b"{", b"}")])
+    guide = guide_of(**{"choices": None, "regex": None, "json_schema": None} | {field: value})
+    with pytest.raises(InvalidRequest) as refused:
+        await answer(house, request(sampling=Sampling(guide=guide)))
+    assert refused.value.message.startswith(
+        f"no token of tiny has '{{', '}}', which {field} must have: leave {field} out"
+    )
+    assert (refused.value.param, refused.value.code) == (field, "constraints_not_supported")
+    assert house.vision.calls == []
+    assert (await answer(house, request(sampling=Sampling(guide=guide_of(["red"], None, None)))))[0] == "red"
+    house.reader.close()

@@ -28,6 +28,7 @@ OURS = (
     "service.media.structure",
     "service.media.tiff",
     "service.text.prompt",
+    "service.text.spelling",
     "service.telemetry.tracing",
 )
 

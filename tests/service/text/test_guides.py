@@ -201,6 +201,16 @@ async def test_a_heavy_guide_takes_little_time_and_no_turn_of_the_loop(wanted):
     assert time.process_time() - begun < 20  # with the turns' own
 
 
+def test_what_no_token_spells_is_left_out_of_an_expression():
+    few = [b"a", b"b", b"c", b" ", b""]
+    guides = Guides(few, end_id=4)
+    compiled = guides.compile(guide(regex=r"a\{b|[bc]"))
+    assert tokens_in(compiled.first_mask, few) == {b"b", b"c", b" "}
+    assert tokens_in(guides.compile(guide(choices=["a", "a<b"])).first_mask, few) == {b"a", b" "}
+    with pytest.raises(InvalidRequest, match="no answer can satisfy it"):
+        guides.compile(guide(regex=r"\{.*"))
+
+
 def test_recent_guides_are_kept_and_others_go(spelled):
     few = Guides(spelled, 2, kept=2)
     first, second, third = (guide(regex=regex) for regex in "abc")

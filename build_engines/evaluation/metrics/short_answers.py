@@ -14,11 +14,12 @@ def vqa_accuracy(said: str, answers: Sequence[str]) -> float:
     """VQAv2's consensus accuracy. Source: Antol et al. 2015, Goyal et al. 2017, visualqa.org/evaluation.
 
     As in the evaluation's script, people's answers lose only their punctuation, and only if people disagree: the
-    published files have them without articles and number words.
+    published files have them in lower case, without articles and number words. A mark that goes may leave two spaces,
+    and no answer of a model is then the same.
     """
-    told = [" ".join(answer.lower().split()) for answer in answers]
+    told = [answer.replace("\n", " ").replace("\t", " ").strip() for answer in answers]
     if len(set(told)) > 1:
-        told = [" ".join(answer_text.unpunctuated(answer).split()) for answer in told]
+        told = [answer_text.unpunctuated(answer) for answer in told]
     return consensus(answer_text.vqa(said), told)
 
 

@@ -31,6 +31,12 @@ def test_consensus_is_that_of_the_official_scripts(case: dict) -> None:
     assert 100 * textvqa_accuracy(case["said"], case["answers"]) == pytest.approx(case["textvqa"], abs=0.01)
 
 
+def test_peoples_answers_lose_their_punctuation_and_nothing_else() -> None:
+    """As in the official script: without the marks of `brown / white`, two spaces are left."""
+    for told, accuracy in (("brown/white", 1.0), ("brown / white", 0.0), ("Brown white", 0.0), ("brown white\n", 1.0)):
+        assert vqa_accuracy("brown white", [told] * 9 + ["tan"]) == pytest.approx(accuracy)
+
+
 @pytest.mark.parametrize(("same", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_consensus_of_ten_people(same: int, accuracy: float) -> None:
     """By hand: with 2 of 10 who say the same, 2 choices leave out one of them (1/3), 8 choices do not (2/3)."""

@@ -7,7 +7,7 @@
     glimpse eval --split clips            # clips, looked at with 4, 8, 16 and 32 frames
 
 An answer is right if it matches exactly after stripping and lower-casing. Results are by question type and split, with
-the number of questions, the 95 % Wilson score interval (Wilson 1927), and what the most frequent answer of each type
+the number of questions, the 95 % interval (a bootstrap over scenes), and what the most frequent answer of each type
 would reach.
 """
 
@@ -47,6 +47,11 @@ class Row:
     split: str
     images: tuple[str, ...] = ()
     clip: str = ""
+
+    @property
+    def scene(self) -> tuple[str, ...]:
+        """Name what it is about. Other questions may be about the same."""
+        return (self.clip or self.image, *self.images)
 
     def seen(self, scenes: Path) -> dict[str, object]:
         """The fields of the request that hold the files."""
@@ -92,7 +97,7 @@ def rows(scenes: Path, split: str | None = None) -> list[Row]:
 
 
 def wilson(right: int, of: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a proportion."""
+    """The 95 % score interval of a proportion of independent cases. Source: Wilson 1927."""
     share, square = right / of, Z_95**2
     centre = (share + square / (2 * of)) / (1 + square / of)
     half = Z_95 * math.sqrt(share * (1 - share) / of + square / (4 * of * of)) / (1 + square / of)
@@ -128,6 +133,8 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, floa
 
     majority: the share that the most frequent answer would get right; in `all`, that of each question's type.
     """
+    from build_engines.evaluation.intervals import share_by_scene  # noqa: PLC0415 - imports this module
+
     groups: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         row = outcome.row
@@ -142,13 +149,12 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, floa
             frequent[split, kind] = most
             frequent[split, "all"] += most if kind != NOT_IN_TOTAL else 0
     for (split, kind), group in sorted(groups.items()):
-        right = sum(outcome.right for outcome in group)
-        low, high = wilson(right, len(group))
+        share = share_by_scene([outcome.right for outcome in group], [outcome.row.scene for outcome in group])
         table[split][kind] = {
             "n": len(group),
-            "accuracy": round(right / len(group), 4),
-            "low": round(low, 4),
-            "high": round(high, 4),
+            "accuracy": round(share.value, 4),
+            "low": round(share.low, 4),
+            "high": round(share.high, 4),
             "majority": round(frequent[split, kind] / len(group), 4),
             "vision_tokens": round(sum(outcome.vision_tokens for outcome in group) / len(group), 1),
         }

@@ -1,4 +1,4 @@
-"""95 % intervals of shares (Wilson), and of means and differences over scenes (bootstrap).
+"""95 % intervals of shares of independent cases (Wilson), and of shares, means and differences by scene (bootstrap).
 
 Questions about one scene are not independent, so the bootstrap draws scenes (Davison and Hinkley 1997, section 3.8). A
 difference between arms is the mean of the differences per question. Effects that both arms share therefore cancel out.
@@ -6,7 +6,7 @@ difference between arms is the mean of the differences per question. Effects tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,6 +40,19 @@ def share(right: npt.NDArray[np.bool_]) -> Figure | None:
     if not len(right):
         return None
     return Figure(float(right.mean()), *wilson(int(right.sum()), len(right)))
+
+
+def share_by_scene(right: Sequence[bool], scenes: Sequence[Hashable]) -> Figure:
+    """Share of right answers [n], each about one of `scenes` [n].
+
+    If all answers are alike, draws cannot tell how sure that is: the interval is then Wilson's, over the scenes.
+    """
+    numbers = {each: number for number, each in enumerate(dict.fromkeys(scenes))}
+    found = mean(right, np.array([numbers[each] for each in scenes]))
+    assert found is not None
+    if found.value in (0.0, 1.0):
+        return Figure(found.value, *wilson(round(found.value) * len(numbers), len(numbers)))
+    return found
 
 
 def mean(values: npt.ArrayLike, scene: npt.NDArray[np.int64]) -> Figure | None:

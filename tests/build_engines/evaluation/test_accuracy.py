@@ -76,7 +76,22 @@ def test_the_majority_is_the_most_frequent_answer_of_each_type():
     assert {kind: row["majority"] for kind, row in table.items()} == {
         "colour": 0.6667, "count": 0.5, "describe": 1.0, "all": 0.6
     }  # fmt: skip
-    assert "| new | all | 5 | 0.000 | 0.000 to 0.434 | 0.600 | 100 |" in as_markdown(table={"new": table})
+    assert "| new | all | 5 | 0.000 | 0.000 to 0.793 | 0.600 | 100 |" in as_markdown(table={"new": table})
+
+
+def test_questions_about_one_scene_are_not_independent():
+    """Of two scenes drawn from two, a quarter of the draws has only the scene whose answers are all wrong."""
+    asked = [Row(image, "?", answer, "count", "new") for image, answer in (("a", "1"), ("b", "2")) for _ in range(10)]
+    row = summarise([Outcome(each, "1", 100) for each in asked])["new"]["count"]
+    assert (row["n"], row["accuracy"], row["low"], row["high"]) == (20, 0.5, 0.0, 1.0)
+    right = summarise([Outcome(each, each.answer, 100) for each in asked])["new"]["count"]
+    assert (right["accuracy"], right["low"], right["high"]) == (1.0, round(wilson(2, 2)[0], 4), 1.0)
+
+
+def test_a_scene_is_what_a_question_is_about():
+    assert Row("a", "?", "", "", "").scene == Row("a", "!", "x", "", "").scene != Row("b", "?", "", "", "").scene
+    assert Row("", "?", "", "", "", images=("a", "b")).scene != Row("", "?", "", "", "", images=("a", "c")).scene
+    assert Row("", "?", "", "", "", clip="a").scene != Row("", "?", "", "", "", clip="b").scene
 
 
 class Service:

@@ -34,7 +34,7 @@ from build_engines.train.evaluation import Answers, Asked, Chain, Exam, View, in
 CDPRUNER, DART, ATTENTION, RANDOM, EVENLY = "cdpruner", "dart", "attention", "random", "evenly"
 PIVOTS = 8  # of DART
 AT_ONCE = 16  # questions: a kernel of 1,280 candidates takes 6.6 MB each
-NO_GAIN = 1e-6  # of a candidate that those kept before it explain
+NO_GAIN = 1e-6  # share of a candidate's own r^2: with no more than this left, those kept before it explain it
 
 
 @dataclass(frozen=True)
@@ -67,21 +67,23 @@ def cdpruner(found: Candidates, keep: int) -> Tensor:
     incremental Cholesky factors (Chen et al. 2018, arXiv:1709.05135). Once the features' rank is used up, the most
     relevant of the others follow.
     """
-    unit = functional.normalize(found.tokens, dim=2)
-    low, high = found.relevance.amin(1, keepdim=True), found.relevance.amax(1, keepdim=True)
-    weight = (found.relevance - low) / (high - low).clamp(min=1e-6) + 1e-6
+    unit = functional.normalize(found.tokens.double(), dim=2)  # gains begin at r^2, which FP32 would round away
+    relevance = found.relevance.double()
+    low, high = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
+    weight = (relevance - low) / (high - low).clamp(min=1e-6) + 1e-6
     rows = torch.arange(len(unit))
     gain = weight.square()
+    least = NO_GAIN * gain
     factors: list[Tensor] = []
     chosen: list[Tensor] = []
     taken = torch.zeros_like(gain, dtype=torch.bool)
     for _ in range(keep):
-        value = torch.where(gain > NO_GAIN, 1 + gain, weight / 2).masked_fill(taken, -1)
+        value = torch.where(gain > least, gain, weight - 2).masked_fill(taken, -torch.inf)
         best = value.argmax(1)
-        left = gain[rows, best].clamp(min=NO_GAIN)
+        left, is_new = (each[rows, best, None] for each in (gain, gain > least))
         kernel = weight[rows, best, None] * (unit @ unit[rows, best].unsqueeze(2)).squeeze(2) * weight
         known = sum((factor[rows, best, None] * factor for factor in factors), torch.zeros_like(kernel))
-        factor = torch.where(gain[rows, best, None] > NO_GAIN, (kernel - known) / left.sqrt()[:, None], 0.0)
+        factor = torch.where(is_new, (kernel - known) / left.sqrt(), 0.0)
         gain = (gain - factor.square()).clamp(min=0)
         factors.append(factor)
         taken[rows, best] = True

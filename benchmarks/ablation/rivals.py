@@ -63,7 +63,7 @@ def _once(ablation: Ablation, split: str) -> Json:
     tokens = round(own.tokens)
     fixed_ones = [
         Named(f"{split}, the first question's tokens", replace(adaptive, once=True), split),
-        Named(f"{split}, {CDPRUNER} once", Pruned(CDPRUNER, tokens, closer, once=True), split),
+        Named(f"{split}, {CDPRUNER}, {tokens} tokens, once", Pruned(CDPRUNER, tokens, closer, once=True), split),
     ]
     once = [ablation.of_all(named) for named in fixed_ones]
     return {

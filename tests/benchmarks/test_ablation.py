@@ -13,7 +13,7 @@ from benchmarks.ablate import Plan, main
 from benchmarks.ablation import arms
 from benchmarks.ablation.arms import ADAPTIVE, fixed
 from benchmarks.ablation.exams import Scenes, either
-from benchmarks.ablation.measuring import measure
+from benchmarks.ablation.measuring import fingerprint, measure
 from benchmarks.ablation.report import Json
 from build_engines.evaluation import intervals
 from build_engines.scenes.held_out import NEW, SMALL
@@ -162,6 +162,17 @@ def test_auto_takes_one_or_the_other_question_by_question():
     mixed = either(answers(0), answers(1), np.array([True, False, True]))
     assert mixed.right.tolist() == [1, 0, 1]
     assert mixed.tensions[:, 2].tolist() == [1, 0, 1]
+
+
+def test_answers_are_kept_by_the_weights_that_gave_them(tmp_path: Path):
+    for name in ("model", "allocator"):
+        (tmp_path / f"{name}.safetensors").write_text(name)
+    before = fingerprint(tmp_path)
+    for name in ("clip", "clip_language"):
+        (tmp_path / f"{name}.safetensors").write_text(name)
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "allocator.safetensors").write_text("another")
+    assert fingerprint(tmp_path) != before
 
 
 def test_the_defaults_are_those_of_the_shipped_model():

@@ -63,8 +63,11 @@ def test_more_room_takes_nothing_away(method):
     assert torch.equal(METHODS[method](found, 12), more[:, :12])
 
 
-def test_cdpruner_adds_what_makes_the_determinant_greatest():
-    found, keep = some(12, rows=1), 5
+@pytest.mark.parametrize("share", [1.0, 1e-3, 1e-5])
+def test_cdpruner_adds_what_makes_the_determinant_greatest(share: float):
+    """As well where one candidate is relevant and all others have only this share of its relevance."""
+    found, keep = some(12, rows=1), 6
+    found.relevance[:, 1:] *= share
     unit = functional.normalize(found.tokens[0].double(), dim=1)
     relevance = found.relevance[0].double()
     weight = (relevance - relevance.min()) / (relevance.max() - relevance.min()) + 1e-6
@@ -154,3 +157,6 @@ def test_the_command_compares_all_methods(tmp_path: Path):
             assert max(means) <= int(tokens)
             assert min(means) > int(tokens) - 15
     assert set(found["many_questions"]) == set(found["scenes"])
+    for each in found["many_questions"].values():  # an arm is kept under its name, which must tell its tokens
+        own, *_ = each["accuracy"].values()
+        assert f", {round(own['mean_vision_tokens'])} tokens, once" in list(each["accuracy"])[-1]

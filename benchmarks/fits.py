@@ -4,15 +4,15 @@
     python -m benchmarks.fits --url http://127.0.0.1:8080 --pages 10
 
 It draws pages of `benchmarks.pages`, which the models never saw, and asks the same questions with each `fit`. Accuracy
-has 95 % Wilson intervals. The bar: on the longest pages, reading by tiles is 40 points above the squashed page or more,
-at no more than twice its visual tokens. The report says which share of an image's refined cells lies in padding.
+has 95 % intervals of a bootstrap over pages. The bar: on the longest pages, reading by tiles is 40 points above the
+squashed page or more, at no more than twice its visual tokens. The report says which share of an image's refined cells
+lies in padding.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import Any
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.arguments import count
 from benchmarks.faithfulness import service
 from benchmarks.figures import tell
 from benchmarks.pages import KINDS, SIZES, pages
-from build_engines.evaluation.accuracy import wilson
+from build_engines.evaluation.intervals import share_by_scene
 
 FITS = ("squash", "pad", "tiles")
 LONG = ("tall", "wide")  # the bar is for these
@@ -42,19 +43,21 @@ def measure(url: str, count: int, detail: str) -> dict[str, object]:
     with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(CLIENTS) as pool:
         for number, size in enumerate(SIZES):
             asked = [
-                (base64.b64encode(page.png).decode(), question)
-                for page in pages(size, count, np.random.default_rng((SEED, number)))
+                (place, base64.b64encode(page.png).decode(), question)
+                for place, page in enumerate(pages(size, count, np.random.default_rng((SEED, number))))
                 for question in page.questions
             ]
             by_size[size] = {}
             for fit in FITS:
                 bodies = [
                     {"image": image, "question": each.text, "fit": fit, "detail": detail, "explain": True}
-                    for image, each in asked
+                    for _, image, each in asked
                 ]
                 said = list(pool.map(lambda body: answer(client, body), bodies))
-                right = [each["answer"].strip() == one.answer for each, (_, one) in zip(said, asked, strict=True)]
-                by_size[size][fit] = summary([one.type for _, one in asked], right, said)
+                right = [each["answer"].strip() == one.answer for each, (*_, one) in zip(said, asked, strict=True)]
+                by_size[size][fit] = summary(
+                    [one.type for *_, one in asked], [place for place, *_ in asked], right, said
+                )
         model = client.get("/v1/models").raise_for_status().json()["data"][0]
     return {
         "model": model["id"],
@@ -72,13 +75,14 @@ def answer(client: httpx.Client, body: Said) -> Said:
     return said
 
 
-def summary(types: Sequence[str], right: Sequence[bool], said: Sequence[Said]) -> dict[str, object]:
+def summary(
+    types: Sequence[str], page: Sequence[int], right: Sequence[bool], said: Sequence[Said]
+) -> dict[str, object]:
     """Accuracy by type with intervals, tokens of an answer, the share of tiles, and what was spent on padding."""
-    by_type = defaultdict(list)
-    for kind, one in zip(types, right, strict=True):
-        by_type[kind].append(one)
+    of_page, rights = np.array(page), np.array(right)
+    rows = {name: np.array(types) == name for name in KINDS} | {"all": np.ones(len(rights), bool)}
     return {
-        "accuracy": {name: interval(by_type[name]) for name in KINDS} | {"all": interval(right)},
+        "accuracy": {name: interval(rights[some], of_page[some]) for name, some in rows.items()},
         "visual_tokens": round(float(np.mean([each["vision"]["visual_tokens"] for each in said])), 1),
         "vision_tokens": round(float(np.mean([each["vision"]["vision_tokens"] for each in said])), 1),
         "answered_by_a_tile": round(float(np.mean([each["vision"]["fit"] == "tiles" for each in said])), 3),
@@ -86,9 +90,8 @@ def summary(types: Sequence[str], right: Sequence[bool], said: Sequence[Said]) -
     }
 
 
-def interval(right: Sequence[bool]) -> dict[str, float]:
-    low, high = wilson(sum(right), len(right))
-    return {"value": round(sum(right) / len(right), 3), "low": round(low, 3), "high": round(high, 3), "of": len(right)}
+def interval(right: npt.NDArray[np.bool_], page: npt.NDArray[np.int64]) -> dict[str, float]:
+    return share_by_scene(right, page).as_json(3) | {"of": len(right)}
 
 
 def in_padding(relevance: Sequence[Said]) -> float:

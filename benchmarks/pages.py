@@ -48,7 +48,7 @@ def pages(kind: str, count: int, rng: np.random.Generator) -> Iterator[Page]:
         pixels = drawn(things, rng, (width, height))
         out = BytesIO()
         Image.fromarray(pixels).save(out, "PNG")
-        asked = (_asked(rng, things, each) for each in KINDS)
+        asked = (_asked(rng, seen(things, width, height), each) for each in KINDS)
         yield Page(kind, out.getvalue(), tuple(things), tuple(each for each in asked if each is not None))
 
 
@@ -68,6 +68,15 @@ def scattered(rng: np.random.Generator, width: int, height: int) -> list[Thing]:
                     break
         if len(placed) >= 4:
             return placed
+
+
+def seen(things: list[Thing], width: int, height: int) -> list[Thing]:
+    """The objects at their places in the smallest view of the page, the padded square of 224 pixels.
+
+    A question is asked with every fit, so offsets must be clear there.
+    """
+    scale = IMAGE_SIZE / max(width, height)
+    return [replace(thing, x=thing.x * scale, y=thing.y * scale) for thing in things]
 
 
 def _asked(rng: np.random.Generator, things: list[Thing], kind: str) -> Question | None:

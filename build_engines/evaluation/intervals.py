@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,9 @@ def share(right: npt.NDArray[np.bool_]) -> Figure | None:
     return Figure(float(right.mean()), *wilson(int(right.sum()), len(right)))
 
 
-def share_by_scene(right: Sequence[bool], scenes: Sequence[Hashable]) -> Figure:
+def share_by_scene(
+    right: Sequence[bool] | npt.NDArray[np.bool_], scenes: Sequence[Hashable] | npt.NDArray[Any]
+) -> Figure:
     """Share of right answers [n], each about one of `scenes` [n].
 
     If all answers are alike, draws cannot tell how sure that is: the interval is then Wilson's, over the scenes.

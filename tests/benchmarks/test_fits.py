@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.fits import bar, in_padding
+from benchmarks.fits import bar, in_padding, interval
 from benchmarks.pages import KINDS, SIZE_WORDS, SIZES, pages
+from build_engines.scenes.questions import LEAST_OFFSET
 from service.core.viewport import FAR_FROM_SQUARE
 
 
@@ -32,6 +33,29 @@ def test_a_page_shows_its_objects_apart_and_asks_about_them(size):
             assert hypot(one.x - other.x, one.y - other.y) > (one.diameter + other.diameter) / 2
         assert {question.type for question in page.questions} <= set(KINDS)
         assert not any(SIZE_WORDS.search(question.text) for question in page.questions)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_asked_to_stand_apart_does_so_in_the_smallest_view(size):
+    scale = 224 / max(SIZES[size])
+    relations = 0
+    for page in pages(size, 12, np.random.default_rng(2)):
+        for question in page.questions:
+            if question.type == "relation":
+                one, other = (page.things[index] for index in question.asked)
+                is_across = "left" in question.text or "right" in question.text
+                offset = one.x - other.x if is_across else one.y - other.y
+                assert abs(offset) * scale >= LEAST_OFFSET
+                relations += 1
+    assert relations >= 6
+
+
+def test_questions_about_one_page_count_as_one_draw():
+    right = np.random.default_rng(4).random(50) < 0.7
+    alone, together = interval(right, np.arange(50)), interval(np.repeat(right, 6), np.repeat(np.arange(50), 6))
+    assert together == alone | {"of": 300}
+    every = interval(np.ones(300, bool), np.repeat(np.arange(50), 6))
+    assert every == {"value": 1.0, "low": 0.929, "high": 1.0, "of": 300}  # Wilson's of 50 questions
 
 
 def test_sizes_stand_on_both_sides_of_what_auto_tiles():

@@ -4,8 +4,9 @@
 
 Each kind (benchmarks/other_renderer.py) has `--scenes` pictures with the seven types of questions; the same for all
 checkpoints. `low` sees the whole picture at 224 pixels, `high` has the closer view too, `auto` has it if the checkpoint
-asks for it. Small print is asked only for what is written. The training world is measured beside it: the committed
-scenes, and `--fresh` new ones of each split. Intervals are Wilson's, of differences a bootstrap's over pictures.
+asks for it and the picture has more pixels than the first view, as in the service. Small print is asked only for what
+is written. The training world is measured beside it: the committed scenes, and `--fresh` new ones of each split.
+Intervals are a bootstrap's over pictures.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from PIL import Image
 
 from benchmarks.figures import command, tell
 from benchmarks.other_renderer import KINDS, SMALL_KINDS, Kind, pictured, sampled
-from build_engines.evaluation.accuracy import wilson
+from build_engines.evaluation.intervals import Figure, share_by_scene
 from build_engines.model.allocation import MAX_VISION_TOKENS
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.scenes.held_out import SMALL, SPLITS
 from build_engines.scenes.questions import NUMBERS, TYPES, Question, ask
 from build_engines.scenes.world import GRID, IMAGE_SIZE, Thing
 from build_engines.train.evaluation import (
+    Answers,
     Arm,
     Asked,
     Chain,
@@ -82,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     for kind in options.kinds or (*KINDS, *SMALL_KINDS):
         shown = draw(kind, options.scenes)
         for name, (chain, at) in chains.items():
-            found[name][kind] = rights(chain, at, exam_of(chain, shown))
+            found[name][kind] = rights(chain, at, exam_of(chain, shown), has_more_pixels(shown))
     for name, (chain, at) in chains.items() if options.kinds is None else ():
         for split in SPLITS:
             found[name][f"{split} committed"] = rights(chain, at, committed_exam(chain, split, closely=split == SMALL))
@@ -120,6 +122,8 @@ def draw(name: str, scenes: int) -> Drawn:
 def asked(rng: np.random.Generator, things: Sequence[Thing], kind: Kind, types: Sequence[str]) -> list[Question]:
     """Ask one question of each type that the scene gives, and if the kind says so, how many objects there are."""
     width, height = (IMAGE_SIZE * (side / other) ** 0.5 for side, other in (kind.size, kind.size[::-1]))
+    if kind.padded:
+        width = height = max(width, height)
     # Places in the square view, which the model sees: offsets must be clear there.
     seen = [replace(t, x=t.x * IMAGE_SIZE / width, y=t.y * IMAGE_SIZE / height) for t in things]
     found: dict[str, Question] = {}
@@ -136,15 +140,25 @@ def asked(rng: np.random.Generator, things: Sequence[Thing], kind: Kind, types: 
     return list(found.values())
 
 
-def rights(chain: Chain, at: float, exam: Exam) -> Rights:
-    """Ask with `low` and with `high`. `auto` is `high` from particularize `at`, as in the gateway.
+def has_more_pixels(shown: Drawn) -> np.ndarray:
+    """bool [scenes]: whether the service would look closer with `auto`. Nothing closer is to be seen of the others."""
+    return np.array([max(picture.size) > IMAGE_SIZE for picture in shown.pictures])
 
-    Without a closer view, all three are the same.
+
+def rights(chain: Chain, at: float, exam: Exam, larger: np.ndarray | None = None) -> Rights:
+    """Ask with `low`, `high` and `auto`. Without a closer view, all three are the same.
+
+    larger: bool [scenes], whether each picture has more pixels than the first view; None for all of them.
     """
     low = answer(chain, exam, LOW)
     high = low if exam.looks.detail is None else answer(chain, exam, HIGH)
-    auto = np.where(low.tensions[:, 0] >= at, high.right, low.right)
+    auto = as_auto(low, high, at, np.ones(len(exam.looks.scenes), bool) if larger is None else larger)
     return Rights({"low": low.right, "auto": auto, "high": high.right}, low.types, low.scenes)
+
+
+def as_auto(low: Answers, high: Answers, at: float, larger: np.ndarray) -> np.ndarray:
+    """bool [n]: `high` from particularize `at` if the picture has more pixels than the first view; else `low`."""
+    return np.where((low.tensions[:, 0] >= at) & larger[low.scenes], high.right, low.right)
 
 
 def exam_of(chain: Chain, shown: Drawn) -> Exam:
@@ -171,16 +185,21 @@ def _resized(picture: Image.Image, side: int) -> np.ndarray:
 
 def told(kinds: Mapping[str, Rights]) -> dict[str, Any]:
     """Accuracy by kind, detail and type, and over all kinds and all small print."""
-    groups = {
-        "kinds": [kinds[name] for name in KINDS if name in kinds],
-        "small print": [kinds[name] for name in SMALL_KINDS if name in kinds],
-    }
-    joint = {name: joined(parts) for name, parts in groups.items() if parts}
+    joint = together(kinds)
     return {
         "all": {name: by_type(rights) for name, rights in joint.items()},
         "by_kind": {name: by_type(rights) for name, rights in kinds.items()},
         "against_low": {name: against_low(rights) for name, rights in joint.items()},
     }
+
+
+def together(kinds: Mapping[str, Rights]) -> dict[str, Rights]:
+    """All kinds joined, and all small print, as far as they were asked."""
+    groups = {
+        "kinds": [kinds[name] for name in KINDS if name in kinds],
+        "small print": [kinds[name] for name in SMALL_KINDS if name in kinds],
+    }
+    return {name: joined(parts) for name, parts in groups.items() if parts}
 
 
 def joined(parts: Sequence[Rights]) -> Rights:
@@ -196,16 +215,17 @@ def by_type(found: Rights) -> dict[str, Any]:
     types = {"all": np.ones(len(found.types), bool)}
     types |= {kind: found.types == kind for kind in TYPES if (found.types == kind).any()}
     return {
-        detail: {kind: _accuracy(found.by_detail[detail][rows]) for kind, rows in types.items()} for detail in DETAILS
+        detail: {kind: _accuracy(found.by_detail[detail][rows], found.scenes[rows]) for kind, rows in types.items()}
+        for detail in DETAILS
     }
 
 
-def _accuracy(right: np.ndarray) -> dict[str, Any]:
-    low, high = wilson(int(right.sum()), len(right))
+def _accuracy(right: np.ndarray, scenes: np.ndarray) -> dict[str, Any]:
+    found = cast(Figure, share_by_scene(right, scenes))
     return {
         "n": len(right),
-        "accuracy": round(float(right.mean()), 4),
-        "interval": [round(low, 4), round(high, 4)],
+        "accuracy": round(found.value, 4),
+        "interval": [round(found.low, 4), round(found.high, 4)],
     }
 
 
@@ -220,10 +240,11 @@ def _gain(one: np.ndarray, other: np.ndarray, scenes: np.ndarray) -> dict[str, A
 
 
 def differences(one: Mapping[str, Rights], other: Mapping[str, Rights]) -> dict[str, Any]:
-    """By kind and detail."""
+    """By detail, over all kinds and all small print ("kinds" and "small print") and by kind."""
+    ours, theirs = ({**together(each), **each} for each in (one, other))
     return {
-        name: {d: _gain(one[name].by_detail[d], other[name].by_detail[d], one[name].scenes) for d in DETAILS}
-        for name in one
+        name: {d: _gain(found.by_detail[d], theirs[name].by_detail[d], found.scenes) for d in DETAILS}
+        for name, found in ours.items()
     }
 
 

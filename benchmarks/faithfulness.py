@@ -6,8 +6,9 @@
 
 It asks the committed questions that read a character, and keeps those with the right answer. The map ranks the image's
 16x16 cells. The tenth that it ranks highest is covered with the image's mean colour, and the question is asked again.
-The same is done with a tenth of the cells drawn at random. If the map is faithful, covering its cells changes the
-answer, and covering random ones does not. Intervals come from resampling images.
+There are two controls: a tenth of the cells drawn at random, and the map's own tenth shifted by a random offset, which
+has the same shape elsewhere (round the edges too). If the map is faithful, covering its cells changes the answer, and
+covering the controls does not. Intervals come from resampling images.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -29,11 +30,11 @@ from PIL import Image
 
 from benchmarks.figures import tell
 from benchmarks.latency import own_server
-from build_engines.evaluation.accuracy import SCENES, Row, rows
-from build_engines.evaluation.intervals import mean
+from build_engines.evaluation.accuracy import FINGERPRINTS, SCENES, Row, rows
+from build_engines.evaluation.intervals import Figure, mean
 
 SHARE = 0.1  # of the cells, covered
-RANDOM_DRAWS = 3  # of the random cells, for each question
+RANDOM_DRAWS = 3  # of each control, for each question
 CLIENTS = 4
 SEED = 5
 MOST_RELEVANT_BAR, RANDOM_BAR = 0.9, 0.1  # of the answers: at least, at most, change
@@ -44,11 +45,12 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """What one right answer became: by the most relevant cells covered, and by each draw of random ones."""
+    """What one right answer became: by the most relevant cells covered, and by each draw of the controls."""
 
     image: str
     most_relevant: bool  # whether it changed
     random: tuple[bool, ...]
+    shifted: tuple[bool, ...]
     reduced: bool  # whether the service looked less closely at any of them, because of load
 
 
@@ -62,6 +64,12 @@ def at_random(shape: tuple[int, ...], rng: np.random.Generator, share: float = S
     """This share of the cells, drawn without replacement."""
     size = int(np.prod(shape))
     return chosen(rng.choice(size, round(share * size), replace=False), shape)
+
+
+def shifted(cells: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """The cells [rows, columns] moved by a random offset, not by none. What leaves one edge enters at the other."""
+    offset = np.unravel_index(rng.integers(1, cells.size), cells.shape)
+    return np.roll(cells, offset, (0, 1))
 
 
 def chosen(places: npt.NDArray[np.int64], shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
@@ -100,11 +108,14 @@ def covered(client: httpx.Client, row: Row, number: int, detail: str) -> Covered
         return None
     relevance = np.array(said["relevance"][0]["map"])
     rng = np.random.default_rng((SEED, number))
-    masks = [most_relevant(relevance), *(at_random(relevance.shape, rng) for _ in range(RANDOM_DRAWS))]
+    by_map = most_relevant(relevance)
+    masks = [by_map, *(at_random(relevance.shape, rng) for _ in range(RANDOM_DRAWS))]
+    masks += [shifted(by_map, rng) for _ in range(RANDOM_DRAWS)]
     again = [ask(client, cover(pixels, mask), row.question, fields) for mask in masks]
     changed = [each["answer"] != said["answer"] for each in again]
     reduced = any(each["vision"]["reduced"] for each in (said, *again))
-    return Covered(row.image, changed[0], tuple(changed[1:]), reduced)
+    of_random, of_shifted = changed[1 : 1 + RANDOM_DRAWS], changed[1 + RANDOM_DRAWS :]
+    return Covered(row.image, changed[0], tuple(of_random), tuple(of_shifted), reduced)
 
 
 def summary(told: list[Covered]) -> dict[str, object]:
@@ -113,18 +124,21 @@ def summary(told: list[Covered]) -> dict[str, object]:
         raise ValueError("no reading question was answered right, so there is nothing to cover")
     names = sorted({each.image for each in told})
     image = np.array([names.index(each.image) for each in told])
-    by_map, by_chance = (
-        mean(values, image)
-        for values in ([each.most_relevant for each in told], [np.mean(each.random) for each in told])
+    by_map, by_chance, elsewhere = (
+        cast(Figure, mean(values, image))
+        for values in (
+            [each.most_relevant for each in told],
+            [np.mean(each.random) for each in told],
+            [np.mean(each.shifted) for each in told],
+        )
     )
-    assert by_map is not None
-    assert by_chance is not None
     return {
         "right_answers": len(told),
         "images": len(names),
         "reduced_by_load": sum(each.reduced for each in told),
         "most_relevant_covered": by_map.as_json(),
         "random_covered": by_chance.as_json(),
+        "shifted_covered": elsewhere.as_json(),
         "bars": {"most_relevant_covered": MOST_RELEVANT_BAR, "random_covered": RANDOM_BAR},
         "met": by_map.value >= MOST_RELEVANT_BAR and by_chance.value <= RANDOM_BAR,
     }
@@ -135,8 +149,10 @@ def measure(url: str, split: str, detail: str, limit: int | None) -> dict[str, o
     asked = [row for row in rows(SCENES, split) if row.type == "read"][:limit]
     with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(CLIENTS) as pool:
         told = list(pool.map(lambda numbered: covered(client, numbered[1], numbered[0], detail), enumerate(asked)))
+        model = client.get("/v1/models").raise_for_status().json()["data"][0]
     right = [each for each in told if each is not None]
-    settings = {"split": split, "detail": detail, "share_of_cells": SHARE, "random_draws": RANDOM_DRAWS}
+    weights = {name: model[name] for name in FINGERPRINTS}
+    settings = {**weights, "split": split, "detail": detail, "share_of_cells": SHARE, "random_draws": RANDOM_DRAWS}
     return {**settings, "questions": len(asked), **summary(right)}
 
 

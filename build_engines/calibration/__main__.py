@@ -73,8 +73,10 @@ def collected(
         used = [picture for picture, found in zip(pictures, own, strict=True) if found]
         asked = [task for picture in used for task in picture.tasks if task.group != ABSENT]
         strangers = []
+        number = min(FOREIGN_QUESTIONS, len(asked))
         for index, (name, data) in enumerate(foreign_files.items()):
-            tasks = [Task(0, FOREIGN, task.question, None, None) for task in asked[7 * index :][:FOREIGN_QUESTIONS]]
+            some = [asked[(7 * index + place) % len(asked)] for place in range(number)]
+            tasks = [Task(0, FOREIGN, task.question, None, None) for task in some]
             strangers.append(Picture(data, tasks, name=name))
         others = [material(known, each, is_foreign=True) for each in tqdm(strangers, desc="foreign", unit="image")]
     return list(chain_of(*own, *others))

@@ -249,6 +249,19 @@ def test_a_question_gets_the_budget_of_a_request_that_names_none(tmp_path: Path)
     assert len(kept.read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize(("questions", "of_each"), [(5, 3), (2, 2)])
+def test_every_foreign_image_is_asked_about(questions: int, of_each: int) -> None:
+    """However many there are: the questions begin anew once they are used up."""
+    chain = Standing(ModelCard.from_json((REPOSITORY / "card.json").read_text()))
+    pictures = [Picture(b"1", [Task(0, "all", f"what {number}?", "red", None) for number in range(questions)])]
+    files = {f"{number}.png": bytes([number]) for number in range(10)}
+    found = collected(chain, pictures, files)  # type: ignore[arg-type]
+    foreign = [[outcome.task.question for outcome in each.outcomes] for each in found if each.is_foreign]
+    assert len(foreign) == 10
+    assert all(len(set(asked)) == of_each for asked in foreign)
+    assert {question for asked in foreign for question in asked} == {f"what {number}?" for number in range(questions)}
+
+
 def test_only_an_unfinished_line_is_cut_off_what_is_kept(tmp_path: Path) -> None:
     card = ModelCard.from_json((REPOSITORY / "card.json").read_text())
     budget, path = budget_of(card, closely=False), tmp_path / "kept.jsonl"

@@ -151,11 +151,9 @@ def train(directory: Path, steps: int) -> dict[str, float]:
     training = Training(directory)
     modules = {"qformer": training.model.qformer, "projection": training.model.language_projection}
     queries = nn.ParameterDict({"0": training.model.query_tokens})
-    course = Course(
-        directory / "work", "instruct", steps, {**modules, "queries": queries}, training.optimizers(), decay_share=0.7
-    )
-    course.resume()
     plan = Plan(directory / "work", compiled=False)
+    course = Course(plan, "instruct", steps, {**modules, "queries": queries}, training.optimizers(), decay_share=0.7)
+    course.resume()
     store = Store(training.model.vision_model, plan, WORLDS, STORED, FRESH)
 
     def losses(rng: np.random.Generator) -> Iterator[tuple[Tensor, Measures]]:

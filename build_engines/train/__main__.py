@@ -31,9 +31,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--scale", type=float, default=1.0, help="factor of the number of steps (default: 1, the shipped model)"
     )
     parser.add_argument("--stages", default=",".join(BY_DEFAULT), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     parser.add_argument(
-        "--threads", type=int, default=os.cpu_count() or 1, help="total CPU threads (default: %(default)s)"
+        "--resume",
+        action="store_true",
+        help="continue from the checkpoints in --out, with the options\nthat they were begun with",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="total CPU threads (default: %(default)s). From qformer on, 2 processes add their parts to\n"
+        "a batch. With 1 thread, or on a GPU, there is one process and half of the batch",
     )
     parser.add_argument("--eager", action="store_true", help="do not compile: needs no C++ compiler, but is slower")
     parser.add_argument(
@@ -59,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     if begun and not options.resume:
         parser.error(f"{options.out} already holds {', '.join(begun)}: add --resume or choose another --out")
 
+    from build_engines.train.course import OtherSettingsError  # noqa: PLC0415  (as below)
     from build_engines.train.run import train  # noqa: PLC0415  (PyTorch: --help should not wait seconds for it)
     from build_engines.train.stages import Plan  # noqa: PLC0415
 
@@ -73,7 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    train(plan, stages, options.threads)
+    try:
+        train(plan, stages, options.threads)
+    except OtherSettingsError as error:
+        parser.error(str(error))
     tqdm.write(f"finished in {(time.monotonic() - started) / 60:.1f} minutes; output is in {options.out}")
     return 0
 

@@ -64,7 +64,7 @@ def train_allocator(plan: Plan) -> None:
     looking.start_from(plan)
     steps = plan.steps(START_STEPS if plan.start else STEPS)
     course = Course(
-        plan.out, "allocator", steps, looking.modules, looking.optimizers(), decay_share=0.7,
+        plan, "allocator", steps, looking.modules, looking.optimizers(), decay_share=0.7,
         state={"price": 0.03, "spent": {}, "settled": False}, norms=looking.gradient_norms,
     )  # fmt: skip
     course.resume()

@@ -127,7 +127,6 @@ def shares_right(right: Tensor, pack: Pack, name: str) -> Measures:
 
 
 def train_clips(plan: Plan) -> None:
-    torch.manual_seed(9 + replicas.rank())
     start = parts_before_clips(plan)
     model, allocator = start.model.to(device()), start.allocator.to(device())
     tokenizer = new_tokenizer()
@@ -156,7 +155,7 @@ def train_clips(plan: Plan) -> None:
         torch.optim.AdamW(events.parameters(), lr=RATE_NEW, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     modules = {"language": language, "resampler": resampler, "events": events}
-    course = Course(plan.out, "clips", plan.steps(STEPS), modules, optimizers, decay_share=0.3)
+    course = Course(plan, "clips", plan.steps(STEPS), modules, optimizers, decay_share=0.3)
     course.resume()
     if course.finished:
         return

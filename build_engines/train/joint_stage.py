@@ -125,7 +125,7 @@ def train_joint(plan: Plan) -> None:
     joint.start_from(plan)
     optimizers = joint.optimizers(START_RATE if plan.start else 1.0)
     course = Course(
-        plan.out, "joint", plan.steps(START_STEPS if plan.start else STEPS), joint.modules, optimizers, decay_share=0.7
+        plan, "joint", plan.steps(START_STEPS if plan.start else STEPS), joint.modules, optimizers, decay_share=0.7
     )
     course.resume()
     if course.finished:

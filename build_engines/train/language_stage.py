@@ -76,7 +76,7 @@ def train_language(plan: Plan) -> None:
         for p in part.parameters()
     ]
     course = Course(
-        plan.out,
+        plan,
         "language",
         plan.steps(START_STEPS if plan.start else STEPS),
         {"language": language, "table": table},

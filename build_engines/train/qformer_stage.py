@@ -70,7 +70,7 @@ def train_qformer(plan: Plan) -> None:
     )
     decay = 1.0 if plan.start else 0.35
     course = Course(
-        plan.out, "qformer", plan.steps(START_STEPS if plan.start else STEPS), trained, optimizers, decay_share=decay
+        plan, "qformer", plan.steps(START_STEPS if plan.start else STEPS), trained, optimizers, decay_share=decay
     )
     course.resume()
     if course.finished:

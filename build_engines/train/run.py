@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from build_engines.train.allocator_stage import train_allocator
 from build_engines.train.clips_stage import train_clips
+from build_engines.train.course import check_settings
 from build_engines.train.curve import plot
 from build_engines.train.joint_stage import train_joint
 from build_engines.train.language_stage import train_language
@@ -31,21 +32,34 @@ STAGES: Mapping[str, Callable[..., Any]] = {
 }
 ALONE = ("language", "vision")  # need no other stage's weights
 COMPLETE = ("joint", "allocator", "clips")  # leave a model that answers
-REPLICAS = 2  # processes of the later stages on a CPU; each adds its own part to the batch, so more is another training
+REPLICAS = 2  # processes of the later stages on a CPU; each adds its own part to the batch
 
 
 def train(plan: Plan, stages: Sequence[str], threads: int) -> None:
-    first = [stage for stage in stages if stage in ALONE]
-    _side_by_side(plan, first, threads)
-    copies = 1 if torch.cuda.is_available() or plan.tiny else min(REPLICAS, threads)
+    """Run the stages, or go on with them. Raises OtherSettingsError if one was begun with other settings."""
     for stage in stages:
-        if stage not in ALONE:
-            run_replicas(STAGES[stage], plan, copies)
+        check_settings(plan, stage, processes(plan, stage, threads))
+    later = [stage for stage in stages if stage not in ALONE]
+    if not plan.tiny and any(processes(plan, stage, threads) < REPLICAS for stage in later):
+        tqdm.write(
+            f"{', '.join(later)}: one process, so that each step has half of the usual batch. "
+            "--threads 2 on a CPU gives the whole"
+        )
+    _side_by_side(plan, [stage for stage in stages if stage in ALONE], threads)
+    for stage in later:
+        run_replicas(STAGES[stage], plan, processes(plan, stage, threads))
     if complete := [stage for stage in stages if stage in COMPLETE]:
         card = json.loads((publish(plan, complete[-1]) / "model_card.json").read_text())
         told = {split: rows["adaptive"]["all"] for split, rows in card["accuracy_in_pytorch"].items()}
         tqdm.write(json.dumps(told, indent=2))
     plot(plan.out / "log.jsonl", plan.out / "learning_curve.png")
+
+
+def processes(plan: Plan, stage: str, threads: int) -> int:
+    """How many processes train a stage. Its batch grows with them."""
+    if stage in ALONE or plan.tiny or torch.cuda.is_available():
+        return 1
+    return min(REPLICAS, threads)
 
 
 def _side_by_side(plan: Plan, stages: list[str], threads: int) -> None:

@@ -34,6 +34,17 @@ class Plan:
     start: Path | None = None  # a published checkpoint to go on from
     adapter_rank: int = 0  # stage `allocator`: rank of LoRA on the language model; 0 leaves it frozen
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a stage's data, batch, rates and steps depend on, by option: alike at every start of it."""
+        return {
+            "--scale": self.scale,
+            "--tiny": self.tiny,
+            "--start": str(self.start.resolve()) if self.start else "none",
+            "--large-budgets": self.large_budgets,
+            "--adapter-rank": self.adapter_rank,
+        }
+
     def steps(self, number: int) -> int:
         return 3 if self.tiny else max(4, round(number * self.scale))
 

@@ -42,7 +42,7 @@ def train_vision(plan: Plan) -> None:
     others = [*encoder.embeddings.parameters(), *encoder.post_layernorm.parameters()]
     see = faster(lambda pixels: encoder(pixel_values=pixels).last_hidden_state, plan)
     course = Course(
-        plan.out,
+        plan,
         "vision",
         plan.steps(START_STEPS if plan.start else STEPS),
         {"encoder": encoder, "perception": perception},

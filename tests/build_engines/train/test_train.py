@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,10 @@ from build_engines.model.knowing import ParticipatoryKnowing
 from build_engines.scenes.questions import ANSWERS, TYPES, Question
 from build_engines.scenes.world import HELD_OUT_PAIRS, World, sample_scene
 from build_engines.train.__main__ import BY_DEFAULT, STAGES, main
-from build_engines.train.course import Course, Measures
+from build_engines.train.course import Course, Measures, OtherSettingsError, check_settings
 from build_engines.train.language_stage import draw_questions
 from build_engines.train.packing import Packer
+from build_engines.train.run import processes
 from build_engines.train.stages import Plan
 from build_engines.train.starting import fit_table, said_by
 from build_engines.train.symbols import SlotTable, slots_of
@@ -107,21 +110,22 @@ def test_a_begun_run_is_not_overwritten(tiny_training: Path, capsys: pytest.Capt
     assert "--resume" in capsys.readouterr().err
 
 
-def _course(directory: Path) -> tuple[Course, nn.Linear]:
+def _course(plan: Plan) -> tuple[Course, nn.Linear]:
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
     matrices, rest = [model.weight], [model.bias]
     optimizers = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=0.01)]
-    return Course(directory, "toy", 20, {"model": model}, optimizers, warmup=3, checkpoint_s=0.0), model
+    return Course(plan, "toy", 20, {"model": model}, optimizers, warmup=3, checkpoint_s=0.0), model
 
 
 def _train(directory: Path, stop_after: int | None = None) -> nn.Linear:
-    course, model = _course(directory)
+    course, model = _course(Plan(directory))
     course.resume()
 
     def losses(rng: np.random.Generator) -> list[tuple[torch.Tensor, Measures]]:
         inputs = torch.from_numpy(rng.standard_normal((8, 4)).astype(np.float32))
-        return [((model(inputs) - inputs.flip(1)).square().mean(), {})]
+        noisy = inputs + 0.1 * torch.randn_like(inputs)
+        return [((model(noisy) - inputs.flip(1)).square().mean(), {})]
 
     course.run(losses, dict, validate_every=5, stop_after=stop_after)
     return model
@@ -134,6 +138,51 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path: Path) -> None
     assert torch.equal(whole.weight, resumed.weight)
     assert torch.equal(whole.bias, resumed.bias)
     assert not list(tmp_path.glob("*/*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"scale": 0.5}, "with --scale 1.0, and this run has --scale 0.5: give the same options"),
+        ({"start": Path("reference")}, "with --start none, and this run has --start /"),
+        ({"tiny": True, "adapter_rank": 8}, "with --tiny False, --adapter-rank 0, and"),
+    ],
+)
+def test_a_stage_goes_on_only_with_the_settings_that_it_was_begun_with(
+    tmp_path: Path, changed: dict[str, object], told: str
+) -> None:
+    _train(tmp_path, stop_after=2)
+    plan = Plan(tmp_path)
+    check_settings(replace(plan, compiled=False), "toy", 1)
+    with pytest.raises(OtherSettingsError, match=told):
+        _course(replace(plan, **changed))[0].resume()
+    with pytest.raises(OtherSettingsError, match=told):
+        check_settings(replace(plan, **changed), "toy", 1)
+
+
+def test_an_unfinished_stage_keeps_its_number_of_processes(tmp_path: Path) -> None:
+    _train(tmp_path, stop_after=2)
+    with pytest.raises(OtherSettingsError, match=r"processes .* 1, and this run has processes .* 2"):
+        check_settings(Plan(tmp_path), "toy", 2)
+    _train(tmp_path)
+    check_settings(Plan(tmp_path), "toy", 2)
+
+
+def test_only_the_later_stages_have_several_processes() -> None:
+    plan = Plan(Path("unused"))
+    assert [processes(plan, "vision", threads) for threads in (1, 2, 8)] == [1, 1, 1]
+    if not torch.cuda.is_available():
+        assert [processes(plan, "joint", threads) for threads in (1, 2, 8)] == [1, 2, 2]
+
+
+def test_a_run_of_other_settings_is_refused_before_it_trains(
+    tiny_training: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(tiny_training / "joint.pt", tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--stages", "joint,allocator", "--resume", "--tiny", "--scale", "0.5"])
+    assert "joint.pt was begun with --scale 1.0, and this run has --scale 0.5" in capsys.readouterr().err
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_every_answer_is_one_token_and_any_text_survives() -> None:

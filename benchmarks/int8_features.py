@@ -19,7 +19,8 @@ from itertools import groupby
 import numpy as np
 
 from benchmarks.fidelity import TIMEOUT_S, Models, answer_to, own_models, steadily
-from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, Row, rows, wilson
+from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, Row, rows
+from build_engines.evaluation.intervals import wilson
 from service.core.request import Budget
 from service.core.vision import Int8Rows, VisionFeatures, dense
 from service.media.decoder import ImageLimits, decode

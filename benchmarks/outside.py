@@ -23,7 +23,7 @@ from PIL import Image
 
 from benchmarks.figures import command, tell
 from benchmarks.other_renderer import KINDS, SMALL_KINDS, Kind, pictured, sampled
-from build_engines.evaluation.intervals import Figure, share_by_scene
+from build_engines.evaluation.intervals import share_by_scene
 from build_engines.model.allocation import MAX_VISION_TOKENS
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.scenes.held_out import SMALL, SPLITS
@@ -221,7 +221,7 @@ def by_type(found: Rights) -> dict[str, Any]:
 
 
 def _accuracy(right: np.ndarray, scenes: np.ndarray) -> dict[str, Any]:
-    found = cast(Figure, share_by_scene(right, scenes))
+    found = share_by_scene(right, scenes)
     return {
         "n": len(right),
         "accuracy": round(found.value, 4),

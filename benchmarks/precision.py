@@ -36,7 +36,8 @@ from benchmarks import precision_on_cpu
 from build_engines.convert import __main__ as build
 from build_engines.convert.manifest import KEPT, NOT_FP8
 from build_engines.convert.parity import greedy, inner, nearness, outputs, residuals, session
-from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, Outcome, Row, rows, summarise, wilson
+from build_engines.evaluation.accuracy import NOT_IN_TOTAL, SCENES, Outcome, Row, rows, summarise
+from build_engines.evaluation.intervals import wilson
 from build_engines.scenes import held_out
 from service.core.card import ModelCard
 from service.core.request import Budget

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from build_engines.convert.parity import greedy
 from build_engines.convert.samples import Sample
-from build_engines.evaluation.accuracy import wilson
+from build_engines.evaluation.intervals import wilson
 from service.core.card import ModelCard
 from service.core.request import Budget
 from service.text.prompt import PromptBuilder

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +24,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from build_engines.evaluation.intervals import share_by_scene
+
 SCENES = Path(__file__).parent / "scenes"
 # Splits that models without clips or several images cannot answer: asked only if they are named.
 CLIPS, SEVERAL = "clips", "several"
 FOLDERS = {split: Path(__file__).parent / split for split in (CLIPS, SEVERAL)}
 FRAMES = (4, 8, 16, 32)  # of a clip, each asked in turn
 TRAINED_FRAMES = 8  # of the reference model's clips, with which the other numbers are compared
-Z_95 = 1.959964  # standard normal quantile of 0.975
 FINGERPRINTS = ("fingerprint", "visual_fingerprint")  # of the model's weights
 NOT_IN_TOTAL = "describe"  # answers of many words are reported separately
 
@@ -96,14 +96,6 @@ def rows(scenes: Path, split: str | None = None) -> list[Row]:
     return [row for row in found if split in (None, row.split)]
 
 
-def wilson(right: int, of: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion of independent cases. Source: Wilson 1927."""
-    share, square = right / of, Z_95**2
-    centre = (share + square / (2 * of)) / (1 + square / of)
-    half = Z_95 * math.sqrt(share * (1 - share) / of + square / (4 * of * of)) / (1 + square / of)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def ask_all(
     client: httpx.Client, scenes: Path, questions: Iterable[Row], fields: Mapping[str, object], clients: int
 ) -> Iterator[Outcome]:
@@ -133,8 +125,6 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, floa
 
     majority: the share that the most frequent answer would get right; in `all`, that of each question's type.
     """
-    from build_engines.evaluation.intervals import share_by_scene  # noqa: PLC0415 - imports this module
-
     groups: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         row = outcome.row

@@ -6,6 +6,7 @@ difference between arms is the mean of the differences per question. Effects tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,14 +15,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from build_engines.evaluation.accuracy import wilson
-
+Z_95 = 1.959964  # standard normal quantile of 0.975
 DRAWS = 4000
 LEAST_DRAWS = 500
 MOST_DRAWN = 20_000_000  # numbers of draws times scenes: 160 MB
 ENDS = (0.025, 0.975)
 
 Numbers = npt.NDArray[np.float64]
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion of independent cases. Source: Wilson 1927."""
+    share, square = right / of, Z_95**2
+    centre = (share + square / (2 * of)) / (1 + square / of)
+    half = Z_95 * math.sqrt(share * (1 - share) / of + square / (4 * of * of)) / (1 + square / of)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from build_engines.evaluation.accuracy import wilson
-from build_engines.evaluation.intervals import Figure, of_images
+from build_engines.evaluation.intervals import Figure, of_images, wilson
 from build_engines.evaluation.metrics import captions, short_answers
 
 RIGHT_AT = 0.5  # an answer with a lower score is shown as wrong

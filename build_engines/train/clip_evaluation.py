@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from build_engines.evaluation.accuracy import CLIPS, FOLDERS, FRAMES, SEVERAL, Row, rows, wilson
+from build_engines.evaluation.accuracy import CLIPS, FOLDERS, FRAMES, SEVERAL, Row, rows
+from build_engines.evaluation.intervals import wilson
 from build_engines.model.checkpoint import Checkpoint
 from build_engines.model.clip_allocation import ClipAllocation
 from build_engines.scenes.questions import Question

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerFast
 
-from build_engines.evaluation.accuracy import Z_95, wilson
+from build_engines.evaluation.intervals import Z_95, wilson
 from build_engines.model.allocation import GROUP, MAX_VISION_TOKENS
 from build_engines.model.allocator import RelevanceAllocator, Weighed
 from build_engines.model.attention import bias_where_hidden

@@ -25,8 +25,8 @@ from build_engines.evaluation.accuracy import (
     folder_of,
     rows,
     summarise,
-    wilson,
 )
+from build_engines.evaluation.intervals import wilson
 from tests.support.paths import SCENES
 from tests.support.servers import Gateway
 

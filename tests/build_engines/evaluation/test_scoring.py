@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from build_engines.evaluation.accuracy import wilson
-from build_engines.evaluation.intervals import LEAST_DRAWS, of_images
+from build_engines.evaluation.intervals import LEAST_DRAWS, of_images, wilson
 from build_engines.evaluation.scoring import Answered, score, telling
 
 

@@ -82,7 +82,7 @@ def summary(
     of_page, rights = np.array(page), np.array(right)
     rows = {name: np.array(types) == name for name in KINDS} | {"all": np.ones(len(rights), bool)}
     return {
-        "accuracy": {name: interval(rights[some], of_page[some]) for name, some in rows.items()},
+        "accuracy": {name: interval(rights[some], of_page[some]) for name, some in rows.items() if some.any()},
         "visual_tokens": round(float(np.mean([each["vision"]["visual_tokens"] for each in said])), 1),
         "vision_tokens": round(float(np.mean([each["vision"]["vision_tokens"] for each in said])), 1),
         "answered_by_a_tile": round(float(np.mean([each["vision"]["fit"] == "tiles" for each in said])), 3),
@@ -112,11 +112,12 @@ def bar(by_size: dict[str, dict[str, Any]]) -> dict[str, object]:
     """Compare reading by tiles with reading the squashed page, on the longest pages together."""
     right = dict.fromkeys(FITS, 0.0)
     tokens = dict.fromkeys(FITS, 0.0)
-    asked = sum(by_size[size]["squash"]["accuracy"]["read"]["of"] for size in LONG)
+    nothing = {"value": 0.0, "of": 0}
+    asked = sum(by_size[size]["squash"]["accuracy"].get("read", nothing)["of"] for size in LONG)
     for fit in FITS:
         for size in LONG:
-            read = by_size[size][fit]["accuracy"]["read"]
-            right[fit] += read["value"] * read["of"] / asked
+            read = by_size[size][fit]["accuracy"].get("read", nothing)
+            right[fit] += read["value"] * read["of"] / max(asked, 1)
             tokens[fit] += by_size[size][fit]["visual_tokens"] / len(LONG)
     points = 100 * (right["tiles"] - right["squash"])
     ratio = tokens["tiles"] / tokens["squash"]

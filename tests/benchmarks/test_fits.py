@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.fits import bar, in_padding, interval
+from benchmarks.fits import bar, in_padding, interval, summary
 from benchmarks.pages import KINDS, SIZE_WORDS, SIZES, pages
 from build_engines.scenes.questions import LEAST_OFFSET
 from service.core.viewport import FAR_FROM_SQUARE
@@ -81,3 +81,12 @@ def test_the_bar_is_of_points_and_of_tokens(tiles, tokens, met):
 
     page = {"squash": read(0.09, 32.0), "pad": read(0.1, 32.0), "tiles": read(tiles, tokens)}
     assert bar({"tall": page, "wide": page})["met"] is met
+
+
+def test_a_few_pages_without_a_question_of_some_kind_are_measured_too():
+    seen = {"levels": np.zeros((8, 8), int).tolist(), "area": [0, 0, 1, 1]}
+    said = {"vision": {"visual_tokens": 32, "vision_tokens": 96, "fit": "squash"}, "relevance": [seen]}
+    found = summary(["count"], [0], [True], [said])
+    assert sorted(found["accuracy"]) == ["all", "count"]
+    size = dict.fromkeys(("squash", "pad", "tiles"), found)
+    assert bar({"tall": size, "wide": size})["reading"] == {"squash": 0.0, "pad": 0.0, "tiles": 0.0}

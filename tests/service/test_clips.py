@@ -287,13 +287,6 @@ async def test_a_video_with_detail_auto_is_answered_by_a_model_with_a_closer_vie
     assert len(end.frames) == 8
 
 
-async def test_two_clips_are_refused(house):
-    clip = Clip(ImageBytes(film()))
-    with pytest.raises(InvalidRequest, match="one video at a time") as refused:
-        await answer(house, request(parts=(clip, clip, Text("which?"))))
-    assert refused.value.param == "video"
-
-
 async def test_an_answer_about_a_clip_has_no_confidence():
     house = House(replace(ROOMY, confidence=calibrated(4)))
     _, image = await answer(house, request())

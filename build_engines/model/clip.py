@@ -23,7 +23,7 @@ HALVES = 2  # of the queries
 AVOIDED = -5.0  # at the start, the logit of a token that is not of a half's own state
 START_LENGTH = 0.3  # of the last position in time at the start, over the square root of the width
 START_DIFFERENCE = 0.02  # standard deviation between both halves' queries at the start
-CARD = {"visual_tokens": 64, "frames": FRAMES, "trained_frames": POSITIONS, "vision_tokens": [CELL_COUNT, MOST_TOKENS]}
+CARD = {"visual_tokens": 64, "frames": FRAMES, "vision_tokens": [CELL_COUNT, MOST_TOKENS]}
 
 
 class TemporalPositions(nn.Module):

@@ -60,7 +60,6 @@ class ClipResampler:
 
     visual_tokens: int  # of the clip
     frames: int  # the most
-    trained_frames: int  # of the clips that it was trained on; its places in time are interpolated for other counts
     vision_tokens: tuple[int, int]  # least and most of all frames together
     fingerprint: str = ""  # of its weights, and of the LLM's for clips and several images
 
@@ -76,13 +75,12 @@ class ClipResampler:
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Self:
         """Raises ValueError for a clip resampler that the gateway cannot use; TypeError, KeyError for other fields."""
-        found = cls(**dict(told) | {"vision_tokens": tuple(told["vision_tokens"])})
+        known = {name: value for name, value in told.items() if name != "trained_frames"}  # older cards have it
+        found = cls(**known | {"vision_tokens": tuple(told["vision_tokens"])})
         if found.visual_tokens != CLIP_VISUAL_TOKENS:
             raise ValueError(f"clip.visual_tokens is {found.visual_tokens}, and {CLIP_VISUAL_TOKENS} are read")
-        for name in ("frames", "trained_frames"):
-            count = getattr(found, name)
-            if type(count) is not int or not 1 <= count <= MAX_FRAMES:
-                raise ValueError(f"clip.{name} is {count}: 1 to {MAX_FRAMES} are possible")
+        if type(found.frames) is not int or not 1 <= found.frames <= MAX_FRAMES:
+            raise ValueError(f"clip.frames is {found.frames}: 1 to {MAX_FRAMES} are possible")
         least, most = found.vision_tokens
         if not 1 <= least <= most:
             raise ValueError(f"clip.vision_tokens is [{least}, {most}], which is not [least, most]")

@@ -952,7 +952,7 @@ async def test_the_tenant_that_sends_an_image_or_a_video_pays_for_its_decoding(d
 
 
 async def test_an_upload_decodes_no_more_frames_than_a_resampler_reads():
-    house = House(replace(CLIPS, clip=ClipResampler(64, 4, 8, (64, 256))))
+    house = House(replace(CLIPS, clip=ClipResampler(64, 4, (64, 256))))
     reader = counting(house)
     await house.keep_image(clips.film(count=12))
     assert reader.wanted == 4

@@ -71,7 +71,7 @@ CARD = ModelCard(
 
 
 # With a clip resampler, which reads a whole clip.
-CLIPS = replace(CARD, max_positions=400, clip=ClipResampler(64, 32, 8, (64, 256)))
+CLIPS = replace(CARD, max_positions=400, clip=ClipResampler(64, 32, (64, 256)))
 
 # The same with a closer view and focus groups.
 CLOSER = replace(CARD, closer_view=True, closer_view_at=0.6, visual_tokens=(32, 128))

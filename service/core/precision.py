@@ -4,7 +4,7 @@
 |---|---|---|---|
 | fp32 | as exported | as exported | any CPU |
 | bf16 | FP32's graphs, computed in BF16 | the same | OpenVINO, on a CPU with AMX or AVX512-BF16 |
-| int8 | products of integers | products of integers | any CPU, a build with --precision int8 or int4 |
+| int8 | products of integers | products of integers | any CPU, a build with --precision int8 |
 | int4 | as int8 | 4-bit weights | any CPU, a build with --precision int4 |
 
 The relevance allocator always computes in FP32: it decides by comparing. So do the LLM's weights for clips and several
@@ -22,6 +22,7 @@ Wanted = Literal["auto", "fp32", "bf16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 VARIABLE = "GLIMPSE_PRECISION"  # the gateway's setting; in Triton's environment it holds what was chosen
 REDUCED = ("vision_encoder", "qformer", "llm")  # the models that compute in another precision than FP32
+PLAIN = "model.onnx"  # the file of a graph in FP32
 # Least share of answers equal to FP32's, and least number of measured answers, for `auto` to choose a precision.
 LEAST_AGREEMENT: Mapping[str, float] = {"bf16": 0.995, "int8": 0.99}
 LEAST_QUESTIONS = 200
@@ -63,26 +64,38 @@ def choose(
 ) -> Choice:
     """Choose what runs.
 
-    `built` are the integer precisions that the repository has graphs of. `measured` is the card's `precisions`. Raises
-    NotOffered if `wanted` is neither auto nor possible.
+    `built` are the integer precisions that the repository has graphs of: `built_in`. `measured` is the card's
+    `precisions`. Raises NotOffered if `wanted` is neither auto nor possible.
     """
     if wanted != "auto":
         if reason := _impossible(wanted, cpu, built, has_openvino):
             raise NotOffered(reason)
         return Choice(wanted, "as set")
-    if cpu.bf16 and has_openvino and allows(measured, "bf16"):
-        return Choice("bf16", f"the CPU has {_listed(cpu.bf16)}, and the card allows it")
-    if cpu.int8 and "int8" in built and allows(measured, "int8"):
-        return Choice("int8", f"the CPU has {_listed(cpu.int8)}, and the card allows it")
-    if not cpu.bf16 and not cpu.int8:
-        return Choice("fp32", "the CPU has none of AMX, AVX512-BF16 and VNNI")
-    return Choice("fp32", "the CPU could do more, but the repository has no measured precision for it")
+    reasons = []
+    faster: tuple[tuple[Precision, frozenset[str]], ...] = (("bf16", cpu.bf16), ("int8", cpu.int8))
+    for precision, flags in faster:
+        if flags:
+            reason = _not_allowed(measured, precision) or _impossible(precision, cpu, built, has_openvino)
+            if not reason:
+                return Choice(precision, f"the CPU has {_listed(flags)}, and the card allows it")
+            reasons.append(reason)
+    return Choice("fp32", "; ".join(reasons) or "the CPU has none of AMX, AVX512-BF16 and VNNI")
 
 
-def allows(measured: Mapping[str, Mapping[str, float]], precision: str) -> bool:
-    """Whether enough of the measured answers agree with FP32's."""
-    found = measured.get(precision, {})
-    return found.get("questions", 0) >= LEAST_QUESTIONS and found.get("agreement", 0.0) >= LEAST_AGREEMENT[precision]
+def _not_allowed(measured: Mapping[str, Mapping[str, float]], precision: str) -> str:
+    """Why the card's measured agreement does not allow a precision, and what to do; empty if it does."""
+    found, least = measured.get(precision, {}), LEAST_AGREEMENT[precision]
+    questions, agreement = found.get("questions", 0), found.get("agreement", 0.0)
+    if not questions:
+        return f"the card has no measured agreement for {precision}: build with --precision {precision}"
+    if questions < LEAST_QUESTIONS:
+        return (
+            f"{precision} was measured with {questions} questions, and auto needs {LEAST_QUESTIONS}: build with "
+            f"--agreement-questions {LEAST_QUESTIONS}"
+        )
+    if agreement < least:
+        return f"{agreement:.2%} of the answers in {precision} equal FP32's, and auto needs {least:.1%}"
+    return ""
 
 
 def _impossible(wanted: Precision, cpu: Cpu, built: Collection[str], has_openvino: bool) -> str:
@@ -102,6 +115,20 @@ def _listed(flags: frozenset[str]) -> str:
     return " and ".join(sorted(flags))
 
 
+def built_in(files: Mapping[str, Collection[str]]) -> set[Precision]:
+    """The integer precisions that a repository has graphs of, by the files of each model of REDUCED.
+
+    The LLM's own graph decides, because the other models' graphs are the same in int8 and int4.
+    """
+    integers: tuple[Precision, ...] = ("int8", "int4")
+    return {
+        each
+        for each in integers
+        if f"model.{each}.onnx" in files["llm"]
+        and all(graph_name(model, each, files[model]) != PLAIN for model in REDUCED)
+    }
+
+
 def graph_name(model: str, precision: str, files: Collection[str]) -> str:
     """The file of a model's graph in a precision: FP32's if there is no other, or if the model is not reduced."""
     own = f"model.{precision}.onnx"
@@ -110,4 +137,4 @@ def graph_name(model: str, precision: str, files: Collection[str]) -> str:
         for name in (own, fallback):
             if name in files:
                 return name
-    return "model.onnx"
+    return PLAIN

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from service.core.card import ModelCard
-from service.core.precision import Choice, Cpu, NotOffered, choose
+from service.core.precision import REDUCED, Choice, Cpu, NotOffered, built_in, choose
 from service.settings import Settings, SettingsError
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -26,12 +26,10 @@ def choice(settings: Settings, card: ModelCard, *, gateways_elsewhere: bool = Fa
             raise SettingsError(f"GLIMPSE_PRECISION is {wanted}: {exc}") from exc
     if not settings.embedded or (gateways_elsewhere and wanted == "auto"):
         return Choice("fp32", "the gateway and Triton start apart") if wanted == "auto" else Choice(wanted, "as set")
-    built = {
-        path.name.split(".")[1] for path in settings.model_repository.glob("*/1/model.*.onnx")
-    }  # model.int8.onnx, model.int4.onnx
+    files = {model: [path.name for path in (settings.model_repository / model / "1").glob("*")] for model in REDUCED}
     try:
         cpu = Cpu.of(CPUINFO.read_text()) if CPUINFO.exists() else Cpu()
-        return choose(wanted, cpu, built, has_openvino(), card.precisions)
+        return choose(wanted, cpu, built_in(files), has_openvino(), card.precisions)
     except NotOffered as exc:
         raise SettingsError(f"GLIMPSE_PRECISION is {wanted}: {exc}") from exc
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from service.core.precision import Cpu, NotOffered, Wanted, choose, graph_name
+from service.core.precision import Cpu, NotOffered, Wanted, built_in, choose, graph_name
 
 # Flags as /proc/cpuinfo lists them, shortened to those that name a vector or matrix unit.
 SAPPHIRE_RAPIDS = (
@@ -68,6 +70,28 @@ def test_auto_takes_what_the_cpu_has_and_the_card_allows(
     assert choose("auto", Cpu.of(cpuinfo(flags)), built, has_openvino, measured).precision == chosen
 
 
+@pytest.mark.parametrize(
+    ("flags", "has_openvino", "built", "measured", "told"),
+    [
+        (MILAN, True, set(), {}, "none of AMX, AVX512-BF16 and VNNI"),
+        (CASCADE_LAKE, True, set(), {}, "no measured agreement for int8: build with --precision int8"),
+        (CASCADE_LAKE, True, {"int8"}, {"int8": {"questions": 256, "agreement": 0.978}},
+         "97.80% of the answers in int8 equal FP32's, and auto needs 99.0%"),
+        (CASCADE_LAKE, True, {"int8"}, {"int8": {"questions": 199, "agreement": 1.0}},
+         "int8 was measured with 199 questions, and auto needs 200"),
+        (CASCADE_LAKE, True, {"int4"}, AGREES, "the repository has no int8 graphs"),
+        (GENOA, False, set(), {"bf16": AGREES["bf16"]},
+         "bf16 needs OpenVINO.*; the card has no measured agreement for int8"),
+    ],
+)  # fmt: skip
+def test_auto_says_why_it_takes_fp32(
+    flags: str, has_openvino: bool, built: set[str], measured: dict[str, dict[str, float]], told: str
+) -> None:
+    found = choose("auto", Cpu.of(cpuinfo(flags)), built, has_openvino, measured)
+    assert found.precision == "fp32"
+    assert re.search(told, found.why)
+
+
 @pytest.mark.parametrize("wanted", ["fp32", "int8", "int4"])
 def test_what_the_operator_sets_runs_on_any_cpu(wanted: Wanted) -> None:
     assert choose(wanted, Cpu(), {"int8", "int4"}, False, {}).precision == wanted
@@ -102,3 +126,17 @@ def test_what_cannot_run_here_is_refused_with_what_to_do(
 def test_a_model_reads_the_graph_of_its_precision(model: str, precision: str, name: str) -> None:
     files = {"llm": ["model.onnx", "model.int4.onnx"]}.get(model, ["model.onnx", "model.int8.onnx"])
     assert graph_name(model, precision, files) == name
+
+
+@pytest.mark.parametrize(
+    ("vision", "llm", "built"),
+    [
+        ("model.int8.onnx", "model.int8.onnx", {"int8"}),
+        ("model.int8.onnx", "model.int4.onnx", {"int4"}),  # whose LLM would compute in FP32 if asked for int8
+        ("model.onnx", "model.int8.onnx", set()),
+        ("model.onnx", "model.onnx", set()),
+    ],
+)
+def test_a_precision_is_built_if_every_model_has_it(vision: str, llm: str, built: set[str]) -> None:
+    files = {"vision_encoder": ["model.onnx", vision], "qformer": ["model.onnx", vision], "llm": ["model.onnx", llm]}
+    assert built_in(files) == built

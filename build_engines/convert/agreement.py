@@ -41,7 +41,8 @@ def visual_tokens(
     """The visual tokens [32 to 128, H] of each image and question, one at a time, as the service sees them."""
     encoder, allocator = Graph(graphs["vision_encoder"]), Graph(graphs["relevance_allocator"])
     qformer = GroupRunner(graphs["qformer"])
-    budget = Budget(card.vision_tokens, card.default_visual_tokens).to_array()[np.newaxis]
+    vision = card.default_vision_tokens or card.vision_tokens
+    budget = Budget(vision, card.default_visual_tokens).to_array()[np.newaxis]
     seen: tuple[Array, dict[str, Array]] | None = None
     found = []
     for pixels, text in tqdm(asked, desc="visual tokens", mininterval=2.0):

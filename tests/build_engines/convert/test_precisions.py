@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import numpy as np
 import onnx
 import pytest
 
+from build_engines.convert.agreement import VISION, visual_tokens
 from build_engines.convert.integers import to_int4, to_int8
 from build_engines.convert.options import Options, Refused, checked
 from build_engines.convert.plan import plan
+from build_engines.convert.samples import samples
 from build_engines.convert.steps import named
 from service.core.card import ModelCard
 from service.core.precision import REDUCED
+from service.text.prompt import PromptBuilder
 from tests.build_engines.convert.test_build_plan import ROOT, source
 from tests.support.paths import SCENES
 from tests.support.servers import StartGateway
@@ -70,6 +75,18 @@ def test_a_build_has_fp32_and_the_other_graphs_and_says_how_often_they_agree(
     assert manifest["parity"]["against"] == "fp32"
     assert manifest["parity"]["graphs"]["vision_encoder"]["features"]["cosine"] > 0.99
     assert manifest["parity"]["graphs"]["vision_encoder"]["features"]["greatest_difference"] > 0
+
+
+@pytest.mark.slow
+def test_agreement_is_measured_with_the_budget_of_a_request_that_names_none(repository: Path) -> None:
+    told = ModelCard.from_json((repository / "card.json").read_text())
+    prompts = PromptBuilder.load(told, repository)
+    graphs = {name: repository / name / "1" / "model.onnx" for name in VISION}
+    coarse = replace(told, default_vision_tokens=(64, 64))
+    as_if = replace(told, default_vision_tokens=None, vision_tokens=(64, 64))
+    by_default, least, most = (visual_tokens(graphs, card, prompts, samples(None, 1)) for card in (coarse, as_if, told))
+    np.testing.assert_array_equal(by_default, least)
+    assert not np.array_equal(by_default, most)
 
 
 @pytest.fixture(scope="module")

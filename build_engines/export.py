@@ -278,15 +278,13 @@ def _gather_rows(model: onnx.ModelProto) -> None:
 def card(checkpoint: Checkpoint) -> ModelCard:
     """Describe the checkpoint for the service.
 
-    Raises ValueError if model_card.json has visual tokens that are not groups of 32, or a default outside the offered
-    range, of visual or of vision tokens.
+    Raises ValueError as `offered_visual_tokens`, `Checkpoint.end_id` and `Checkpoint.around_text` do, and if
+    model_card.json has a default outside the offered range, of visual or of vision tokens.
     """
     vision, text = checkpoint.model.config.vision_config, checkpoint.text_config
-    told, group = dict(checkpoint.card), (checkpoint.queries,) * 2
-    offered = _range(told.pop("visual_tokens", group))
+    told, group, offered = dict(checkpoint.card), (checkpoint.queries,) * 2, offered_visual_tokens(checkpoint)
+    told.pop("visual_tokens", None)
     unasked = _range(told.pop("default_visual_tokens", group))
-    if checkpoint.is_idefics and offered != group:
-        raise ValueError(f"model_card.json gives {offered} visual_tokens: IDEFICS has {group[0]}. Leave them out")
     looked = _tokens(told.pop("default_vision_tokens", (CELL_COUNT, PATCH_COUNT)))
     if unasked[0] < offered[0] or unasked[1] > offered[1]:
         raise ValueError(
@@ -297,6 +295,8 @@ def card(checkpoint: Checkpoint) -> ModelCard:
     clip_fingerprint = checkpoint.clip_fingerprint()
     language = checkpoint.language_fingerprint()
     weights = {"weights": fingerprint, "language": language}
+    told.pop("end_id", None)
+    bos_id, text_end_id = checkpoint.around_text
     confidence, why = _calibration(told.pop("confidence", None), vision.hidden_size, weights, clip_fingerprint)
     return ModelCard(
         name=str(told.pop("name")),
@@ -305,9 +305,9 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         vocab_size=checkpoint.vocab_size,
         hidden_size=checkpoint.visual_width,
         vision_width=vision.hidden_size,
-        bos_id=None if checkpoint.is_encoder_decoder else text.bos_token_id,
-        end_id=int(told.pop("end_id", checkpoint.end_id)),
-        pad_id=checkpoint.end_id if text.pad_token_id is None else text.pad_token_id,
+        bos_id=bos_id,
+        end_id=checkpoint.end_id,
+        pad_id=_padding(text.pad_token_id, checkpoint),
         max_positions=checkpoint.max_positions,
         prompt_template=str(told.pop("prompt", checkpoint.prompt)),
         allocator_trained=checkpoint.participatory is not None or checkpoint.zero_shot is not None,
@@ -320,7 +320,7 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         system_template=str(told.pop("system_template", "")),
         decoder_start_id=checkpoint.decoder_start_id,
         image_marks=checkpoint.image_marks,
-        text_end_id=text.eos_token_id if checkpoint.is_encoder_decoder else None,
+        text_end_id=text_end_id,
         closer_view=checkpoint.closer is not None,
         closer_view_at=float(told.pop("closer_view_at", 1.0)),
         fit=_fit(told.pop("fit", "squash")),
@@ -335,6 +335,23 @@ def card(checkpoint: Checkpoint) -> ModelCard:
         confidence=confidence,
         metadata=told | {"confidence": why},
     )
+
+
+def offered_visual_tokens(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Least and most visual tokens that a request may ask for.
+
+    Raises ValueError if those of model_card.json are not groups of 32, or not IDEFICS's only group.
+    """
+    group = (checkpoint.queries,) * 2
+    offered = _range(checkpoint.card.get("visual_tokens", group))
+    if checkpoint.is_idefics and offered != group:
+        raise ValueError(f"model_card.json gives {offered} visual_tokens: IDEFICS has {group[0]}. Leave them out")
+    return offered
+
+
+def _padding(told: int | None, checkpoint: Checkpoint) -> int:
+    """Return the padding token; the end token if the configuration names none, or one outside the vocabulary."""
+    return told if told is not None and 0 <= told < checkpoint.vocab_size else checkpoint.end_id
 
 
 def _fit(told: object) -> AskedFit:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, BlipImageProcessor
 
-from build_engines.model.checkpoint import PROMPTS
+from build_engines.model.checkpoint import PROMPT
 
 
 class TorchModel:
@@ -36,8 +36,7 @@ class TorchModel:
         Prompts are padded on the left, as `generate` requires.
         """
         opened = [Image.open(io.BytesIO(image)).convert("RGB") for image in images]
-        prompt = PROMPTS[Blip2ForConditionalGeneration]
-        rows = [self._image_ids + self._tokenizer(prompt.format(question=question)).input_ids for question in questions]
+        rows = [self._image_ids + self._tokenizer(PROMPT.format(question=question)).input_ids for question in questions]
         longest = max(len(row) for row in rows)
         padding = self._tokenizer.pad_token_id
         said = self._model.generate(

@@ -6,9 +6,11 @@ This takes seconds for any size.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -28,12 +30,17 @@ from build_engines.model.checkpoint import (
     FAMILIES,
     HUB_FILES,
     HUB_NAME,
+    end_of_answers,
     image_marks,
     load_allocator,
+    model_card,
+    preprocessing,
     text_positions,
+    tokenizer_file,
     visual_width,
     vocabulary,
     why_not,
+    why_not_pixels,
 )
 from build_engines.model.decoder import FIXED_ROPE
 from build_engines.model.zero_shot import weight_files
@@ -42,20 +49,27 @@ from service.core.vision import QUESTION_TOKENS
 from service.text.prompt import load_tokenizer, token_bytes
 
 Shape = tuple[int, ...]
-Loaded = TypeVar("Loaded")
 
 SMALL_FILES = [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
 # model_type of text_config, which selects the graph; IDEFICS has one configuration for everything
 LANGUAGE_MODELS = {"opt": "OPT", "llama": "Llama", "t5": "FlanT5", "idefics": "IDEFICS"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")  # converted with a library that is not installed here
 NAMED_AT_MOST = 5  # tensors that an error message lists
 
 
-def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = False, image_text: str = "") -> Source:
+def inspect(
+    checkpoint: str,
+    adapted: Path | None = None,
+    zero_shot: bool = False,
+    image_text: str = "",
+    allow: Callable[[Mapping[str, int]], object] = lambda _: None,
+) -> Source:
     """Inspect a directory, or a repository of the Hugging Face hub by name, and what its allocator is made of.
 
     That is its own, a folder `adapted` of `glimpse adapt`, its own Q-Former (`zero_shot`), or the Q-Former of another
-    checkpoint (`image_text`). The weights are downloaded only after the other files have passed. Raises Refused with
+    checkpoint (`image_text`). The weights are downloaded only after the other files have passed and `allow` has
+    returned: it gets the parameters by component, as config.json tells them, and may raise Refused. Raises Refused with
     the reason for a checkpoint that cannot be built.
     """
     directory = _small_files(checkpoint)
@@ -64,15 +78,25 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
     config = _config(directory)
     text = config.get_text_config()
     _check_sizes(directory, config)
+    _check_pixels(directory, family)
     _check_tokenizers(directory, family, vocabulary(text))
+    _check_end(directory, text)
     if family == IDEFICS:
         _check_marks(directory)
+    wanted = _wanted(directory, FAMILIES[family], config)
+    parameters = _parameters(wanted.shapes, family) | _parameters_for_clips(directory)
     if image_text:
         _check_image_text(image_text, config)
+        other = _small_files(image_text)
+        read = _wanted(other, Blip2ForImageTextRetrieval, _config(other))
+        parameters["relevance_allocator"] = _parameters(read.shapes, IMAGE_TEXT)["qformer"]
+    allow(parameters)
     directory = _whole(checkpoint, directory)
-    wanted = _wanted_shapes(directory, FAMILIES[family], config)
-    _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
-    reader, reading = _image_text(image_text) if image_text else (None, {})
+    _check_tensors(directory, wanted)
+    reader = None
+    if image_text:
+        reader = _whole(image_text, other)
+        _check_tensors(reader, read)
     allocator = _allocator(directory) if adapted is None else _adapted(adapted, config)
     zero_shot = zero_shot or bool(image_text)
     return Source(
@@ -84,7 +108,7 @@ def inspect(checkpoint: str, adapted: Path | None = None, zero_shot: bool = Fals
         hidden_size=visual_width(config),
         vocab_size=vocabulary(text),
         max_positions=text_positions(text),
-        parameters=_parameters(wanted, family) | _parameters_for_clips(directory) | reading,
+        parameters=parameters | _parameters_for_clips(directory),
         language_layers=int(text.num_hidden_layers),
         closer_view=allocator.closer is not None and not zero_shot,
         clip=(directory / CLIP).exists(),
@@ -132,14 +156,6 @@ def _check_image_text(checkpoint: str, config: PreTrainedConfig) -> None:
             "checkpoint"
         )
     _check_words(directory, words.vocab_size)
-
-
-def _image_text(checkpoint: str) -> tuple[Path, dict[str, int]]:
-    """The folder of an image-text checkpoint with its weights, and the parameters that the allocator takes from it."""
-    directory = _whole(checkpoint, _small_files(checkpoint))
-    wanted = _wanted_shapes(directory, Blip2ForImageTextRetrieval, _config(directory))
-    _check_tensors(directory, wanted, dict(_stored_shapes(directory)))
-    return directory, {"relevance_allocator": _parameters(wanted, IMAGE_TEXT)["qformer"]}
 
 
 def _small_files(checkpoint: str) -> Path:
@@ -208,37 +224,40 @@ def _check_sizes(directory: Path, config: PreTrainedConfig) -> None:
         )
 
 
+def _check_pixels(directory: Path, family: str) -> None:
+    if why := why_not_pixels(preprocessing(directory, FAMILIES[family])):
+        raise Refused(f"{directory} {why}")
+
+
+def _check_end(directory: Path, text: PreTrainedConfig) -> None:
+    try:
+        end_of_answers(directory, text, model_card(directory))
+    except ValueError as exc:
+        raise Refused(str(exc)) from exc
+
+
 def _check_tokenizers(directory: Path, family: str, vocab_size: int) -> None:
-    _check_present(directory)
+    tokenizer = _read(directory, _with_bytes)
     if family in INSTRUCT:
-        _check_present(directory / "qformer_tokenizer")
-    if (directory / "tokenizer.json").exists():
-        tokenizer = _tokenizer(directory / "tokenizer.json")
-        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        if largest >= vocab_size:
-            raise Refused(
-                f"{directory}/tokenizer.json goes up to id {largest}, but the language model has {vocab_size} ids, and "
-                "larger ones would be read as visual tokens. Use the tokenizer of this language model"
-            )
-
-
-def _check_present(folder: Path) -> None:
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise Refused(f"{folder} has no tokenizer: add one of {', '.join(TOKENIZER_FILES)}")
+        _read(directory / "qformer_tokenizer", load_tokenizer)
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise Refused(
+            f"{directory} has a tokenizer that goes up to id {largest}, but the language model has {vocab_size} ids, "
+            "and larger ones would be read as visual tokens. Use the tokenizer of this language model"
+        )
 
 
 def _check_words(directory: Path, vocab_size: int) -> None:
     """Raises Refused if a text can have ids that the Q-Former does not know. Special tokens such as <image> cannot."""
-    _check_present(directory)
-    if (directory / "tokenizer.json").exists():
-        tokenizer = _loaded(directory / "tokenizer.json", load_tokenizer)
-        added = [number for number, token in tokenizer.get_added_tokens_decoder().items() if not token.special]
-        largest = max([*tokenizer.get_vocab(with_added_tokens=False).values(), *added], default=-1)
-        if largest >= vocab_size:
-            raise Refused(
-                f"{directory}/tokenizer.json goes up to id {largest}, but the Q-Former has {vocab_size} ids. Use the "
-                "tokenizer of this Q-Former"
-            )
+    tokenizer = _read(directory, load_tokenizer)
+    added = [number for number, token in tokenizer.get_added_tokens_decoder().items() if not token.special]
+    largest = max([*tokenizer.get_vocab(with_added_tokens=False).values(), *added], default=-1)
+    if largest >= vocab_size:
+        raise Refused(
+            f"{directory} has a tokenizer that goes up to id {largest}, but the Q-Former has {vocab_size} ids. Use the "
+            "tokenizer of this Q-Former"
+        )
 
 
 def _check_marks(directory: Path) -> None:
@@ -248,18 +267,28 @@ def _check_marks(directory: Path) -> None:
         raise Refused(str(exc)) from exc
 
 
-def _tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a language model, whose tokens must have bytes."""
-    tokenizer = _loaded(path, load_tokenizer)
-    _loaded(path, lambda _: token_bytes(tokenizer))
+def _with_bytes(path: Path) -> Tokenizer:
+    """Load the tokenizer of a language model, whose tokens must have bytes."""
+    tokenizer = load_tokenizer(path)
+    token_bytes(tokenizer)
     return tokenizer
 
 
-def _loaded(path: Path, load: Callable[[Path], Loaded]) -> Loaded:
+def _read(folder: Path, load: Callable[[Path], Tokenizer]) -> Tokenizer:
+    """Read the folder's tokenizer, in any of its formats. Raises Refused if there is none, or if it cannot be read."""
+    found = [name for name in (*TOKENIZER_FILES, *SENTENCEPIECE_FILES) if (folder / name).exists()]
+    if not found:
+        raise Refused(f"{folder} has no tokenizer: add one of {', '.join(TOKENIZER_FILES)}")
+    if found[0] in SENTENCEPIECE_FILES:
+        raise Refused(
+            f"{folder} has a {found[0]} but no tokenizer.json, which Glimpse needs. Where transformers and "
+            "sentencepiece are installed, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it"
+        )
     try:
-        return load(path)
-    except Exception as exc:  # tokenizers raises bare Exception
-        raise Refused(f"{path} cannot be used: {exc}. Replace it with the checkpoint's own file") from exc
+        with tempfile.TemporaryDirectory() as scratch:
+            return load(tokenizer_file(folder, Path(scratch) / TOKENIZER_FILES[0]))
+    except Exception as exc:  # tokenizers raises bare Exception, and conversions many types
+        raise Refused(f"{folder}/{found[0]} cannot be used: {exc}. Replace it with the checkpoint's own file") from exc
 
 
 def _stored_shapes(directory: Path) -> Iterator[tuple[str, Shape]]:
@@ -275,24 +304,42 @@ def _stored_shapes(directory: Path) -> Iterator[tuple[str, Shape]]:
             raise Refused(f"{directory / name} cannot be read, it may be cut short: {exc}. Download it again") from exc
 
 
-def _wanted_shapes(directory: Path, family: type[Any], config: PreTrainedConfig) -> dict[str, Shape]:
-    """Shapes of the model that config.json describes. Of tied tensors, only the stored one is listed."""
+@dataclass(frozen=True)
+class _Wanted:
+    """The tensors of the model that config.json describes."""
+
+    shapes: Mapping[str, Shape]  # of tied tensors, only the one that transformers itself stores
+    tied: Mapping[str, str]  # the other names of tied tensors -> the name in `shapes`
+
+
+def _wanted(directory: Path, family: type[Any], config: PreTrainedConfig) -> _Wanted:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = family(config)
     except Exception as exc:  # wrong values make transformers raise many types
         raise Refused(f"{directory}/config.json describes no model: {exc}. Correct it") from exc
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return _Wanted(shapes, tied)
 
 
-def _check_tensors(directory: Path, wanted: Mapping[str, Shape], kept: Mapping[str, Shape]) -> None:
-    missing = sorted(wanted.keys() - kept.keys())
+def _check_tensors(directory: Path, wanted: _Wanted) -> None:
+    """Raises Refused for missing tensors and other shapes. Tied tensors may be stored under any of their names."""
+    kept = dict(_stored_shapes(directory))
+    for name, stored_as in wanted.tied.items():
+        if name in kept:
+            kept.setdefault(stored_as, kept[name])
+    missing = sorted(wanted.shapes.keys() - kept.keys())
     if missing:
         raise Refused(
-            f"{directory} lacks {len(missing)} of {len(wanted)} tensors: {_few(missing)}. Download the checkpoint again"
+            f"{directory} lacks {len(missing)} of {len(wanted.shapes)} tensors: {_few(missing)}. Download the "
+            "checkpoint again"
         )
-    odd = [f"{name} is {list(kept[name])}, not {list(shape)}" for name, shape in wanted.items() if kept[name] != shape]
+    odd = [
+        f"{name} is {list(kept[name])}, not {list(shape)}"
+        for name, shape in wanted.shapes.items()
+        if kept[name] != shape
+    ]
     if odd:
         raise Refused(
             f"{directory}: {len(odd)} tensors do not fit config.json: {_few(odd)}. "

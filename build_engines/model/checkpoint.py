@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,23 +51,36 @@ from build_engines.model.vision import VisionEncoder
 from build_engines.model.zero_shot import QFormerKnowing, load_image_text
 from service.core.card import ImageMarks
 
+logger = logging.getLogger(__name__)
+
 # OpenAI CLIP's statistics, which BLIP-2's image processor uses if a checkpoint does not set its own.
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-PROMPTS = {  # the prompts for questions that each family was trained with
-    Blip2ForConditionalGeneration: "Question: {question} Answer:",
-    InstructBlipForConditionalGeneration: "Question: {question} Short answer:",
-    InstructBlipVideoForConditionalGeneration: "Question: {question} Short answer:",
-    IdeficsForVisionText2Text: "Question: {question} Answer:",
-}
+# The prompts for questions that the authors of BLIP-2 and of InstructBLIP evaluated them with: OPT's, and the others'.
+PROMPT, SHORT_PROMPT = "Question: {question} Answer:", "Question: {question} Short answer:"
 INSTRUCTED = (InstructBlipForConditionalGeneration, InstructBlipVideoForConditionalGeneration)
 VIDEO = InstructBlipVideoForConditionalGeneration
 FRAMES = 8  # of a clip, if a request does not say
 VIDEO_FRAMES = 4  # likewise, of InstructBlipVideo, whose processor takes no other number
-FAMILIES = {family.__name__: family for family in PROMPTS}
+FAMILIES = {
+    family.__name__: family for family in (Blip2ForConditionalGeneration, *INSTRUCTED, IdeficsForVisionText2Text)
+}
 QUERIES = 32  # in one group
 LATENTS = 64  # of IDEFICS's resampler, which are its visual tokens of an image
 IMAGE_SIZE, PATCH_SIZE = 224, 14  # pixels
+BEGIN = "<s>"  # a token that begins texts
+SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+PIXELS = {  # an image processor's settings by name, each with what Glimpse does
+    "do_resize": [True],
+    "size": [SQUARE, IMAGE_SIZE],
+    "image_size": [IMAGE_SIZE, SQUARE],
+    "resample": [3],  # bicubic
+    "do_center_crop": [False],
+    "do_pad": [False],
+    "do_rescale": [True],
+    "rescale_factor": [1 / 255],
+    "do_normalize": [True],
+}
 AROUND_IMAGE, IMAGE = "<fake_token_around_image>", "<image>"  # IDEFICS's words for an image
 T5_POSITIONS = 512  # of FlanT5's training, for a checkpoint that does not tell
 CLIP = "clip.safetensors"  # beside the checkpoint's own weights, if it has a clip resampler
@@ -104,10 +119,10 @@ class Checkpoint:
         """Load a directory, or download a repository of the Hugging Face hub by name.
 
         Reads config.json, the weights, and if present model_card.json, allocator.safetensors and what the processor
-        wrote (`_preprocessor`). `allocator` is a folder that `glimpse adapt` wrote, whose allocator takes the place of
+        wrote (`preprocessing`). `allocator` is a folder that `glimpse adapt` wrote, whose allocator takes the place of
         the checkpoint's own. Without `language` the language model's weights stay on disk, and it cannot be run. Raises
-        OSError for a missing file, and ValueError for another architecture or an allocator that was adapted to another
-        model.
+        OSError for a missing file, and ValueError for another architecture, another preprocessing of pixels, or an
+        allocator that was adapted to another model.
         """
         directory = _directory(source)
         architectures = _read_json(directory / "config.json").get("architectures", [])
@@ -120,7 +135,9 @@ class Checkpoint:
         ).eval()
         if why := why_not(model.config):
             raise ValueError(f"{source} {why}")
-        preprocessor = _preprocessor(directory, video=issubclass(family, VIDEO))
+        preprocessor = preprocessing(directory, family)
+        if why := why_not_pixels(preprocessor):
+            raise ValueError(f"{source} {why}")
         own = load_allocator(directory / ALLOCATOR)
         found = cls(
             directory=directory,
@@ -128,11 +145,11 @@ class Checkpoint:
             participatory=own.participatory,
             balancing=own.balancing,
             closer=own.closer,
-            image_mean=preprocessor.get("image_mean", CLIP_MEAN),
-            image_std=preprocessor.get("image_std", CLIP_STD),
+            image_mean=preprocessor.get("image_mean") or CLIP_MEAN,
+            image_std=preprocessor.get("image_std") or CLIP_STD,
             clip=load_clip(directory / CLIP, model),
             clip_language=load_clip_language(directory / CLIP_LANGUAGE, model) if language else None,
-            card={"name": Path(source).name} | _read_json(directory / "model_card.json", default={}),
+            card={"name": Path(source).name} | model_card(directory),
             allocator_state=FIXED if own.participatory is None else TRAINED,
         )
         return found if allocator is None else found.adapted(allocator)
@@ -233,17 +250,40 @@ class Checkpoint:
     @property
     def image_marks(self) -> ImageMarks | None:
         """The words that tell IDEFICS where an image is. Raises ValueError if the tokenizer has none."""
-        return image_marks(self.directory, _first(self.text_config.eos_token_id)) if self.is_idefics else None
+        return image_marks(self.directory, self._own_tokenizer.eos_token_id) if self.is_idefics else None
 
     @property
     def prompt(self) -> str:
-        return PROMPTS[type(self.model)]
+        return SHORT_PROMPT if self.reads_question or self.is_encoder_decoder else PROMPT
 
-    @property
+    @cached_property
     def end_id(self) -> int:
-        """The first token that ends an answer, from generation_config.json, else from the language model."""
-        told = self.model.generation_config.eos_token_id
-        return _first(self.text_config.eos_token_id if told is None else told)
+        """The token that ends an answer. Raises ValueError as `end_of_answers` does."""
+        return end_of_answers(self.directory, self.text_config, self.card)
+
+    @cached_property
+    def around_text(self) -> tuple[int | None, int | None]:
+        """The tokens that transformers' processor puts before and after a prompt's text; None: none.
+
+        The tokenizer decides, not the configuration: the published InstructBLIP-Vicuna was trained with </s> before a
+        prompt, and its configuration names <unk>. Raises ValueError for more than one token before or after.
+        """
+        tokenizer = self._own_tokenizer
+        if self.is_idefics:  # IdeficsProcessor writes BOS into the text
+            return tokenizer.bos_token_id, None
+        bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+        before, after = whole[:start], whole[start + len(bare) :]
+        if len(before) > 1 or len(after) > 1:
+            raise ValueError(
+                f"{self.directory} has a tokenizer that puts the tokens {before} before a text and {after} after "
+                "it: use one that puts at most one there"
+            )
+        return next(iter(before), None), next(iter(after), None)
+
+    @cached_property
+    def _own_tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.directory)
 
     @property
     def question_tokenizer(self) -> str:
@@ -257,7 +297,7 @@ class Checkpoint:
             found[self.question_tokenizer] = self.image_text
         elif self.reads_question:
             found[self.question_tokenizer] = self.directory / "qformer_tokenizer"
-        return {name: _tokenizer(folder, scratch / name) for name, folder in found.items()}
+        return {name: tokenizer_file(folder, scratch / name) for name, folder in found.items()}
 
     def vision_encoder(self) -> VisionEncoder | IdeficsVisionEncoder:
         if self.is_idefics:
@@ -338,8 +378,11 @@ class Checkpoint:
         The language model's weights, in the files' own precision; the prompt and the answer's end; the tokenizers.
         """
         weights = fingerprint.of_language_files(self.directory, (ALLOCATOR, CLIP, CLIP_LANGUAGE))
-        prompt, end_id = self.card.get("prompt", self.prompt), self.card.get("end_id", self.end_id)
-        return fingerprint.of_parts(weights, str(prompt), str(end_id), *self._tokenizer_bytes().values())
+        prompt, (bos_id, _) = self.card.get("prompt", self.prompt), self.around_text
+        told = [str(prompt), str(self.end_id)]
+        if not self.is_encoder_decoder and bos_id != self.text_config.bos_token_id:
+            told.append(f"BOS {bos_id}")  # if it is, fingerprints are those of the versions that took it from there
+        return fingerprint.of_parts(weights, *told, *self._tokenizer_bytes().values())
 
     def question_fingerprint(self) -> str:
         """16 hex digits over the tokenizer of the question's ids, which an allocator reads."""
@@ -409,8 +452,64 @@ def text_positions(text: PreTrainedConfig) -> int:
     return int(text.max_position_embeddings)
 
 
-def _first(ids: int | list[int]) -> int:
-    return ids[0] if isinstance(ids, list) else ids
+def end_of_answers(directory: Path, text: PreTrainedConfig, card: Mapping[str, Any]) -> int:
+    """Return the token that ends an answer.
+
+    It is model_card.json's `end_id`, else that of generation_config.json, else that of the language model's
+    configuration. If that is no token of the vocabulary, or <s>, it is the tokenizer's, and a warning says so: the
+    configuration of the published InstructBLIP-Vicuna belongs to another tokenizer. Raises ValueError for several
+    tokens, and for none.
+    """
+    if "end_id" in card:
+        return int(card["end_id"])
+    told = _read_json(directory / "generation_config.json", default={}).get("eos_token_id")
+    told = text.eos_token_id if told is None else told
+    named = dict.fromkeys(told if isinstance(told, list) else [told])
+    tokenizer = _read_tokenizer(directory)
+    spelled = {token: tokenizer.id_to_token(token) for token in named if token is not None and token >= 0}
+    ends = [token for token, word in spelled.items() if token < vocabulary(text) and word != BEGIN]
+    if len(ends) == 1:
+        return ends[0]
+    if ends:
+        listed = ", ".join(f"{token} ({spelled[token]!r})" for token in ends)
+        raise ValueError(
+            f"{directory} ends answers at any of the tokens {listed}, and Glimpse ends them at one: write the one that "
+            'its answers were trained to end with as "end_id" into model_card.json in the checkpoint\'s folder, for '
+            f'example {{"end_id": {ends[-1]}}}'
+        )
+    own = AutoTokenizer.from_pretrained(directory).eos_token_id
+    if own is None:
+        raise ValueError(
+            f'{directory} names no token that ends an answer: write its id as "end_id" into model_card.json in the '
+            "checkpoint's folder"
+        )
+    logger.warning("%s ends answers at %s, where none can end: Glimpse takes the tokenizer's %s", directory, told, own)
+    return int(own)
+
+
+def why_not_pixels(told: Mapping[str, Any]) -> str:
+    """Say which settings of an image processor Glimpse does not follow, and what to do; empty if it follows all.
+
+    Settings that are missing or null are taken as PIXELS has them.
+    """
+    odd = []
+    for name in [name for name in PIXELS if name in told]:
+        value = told[name]
+        if isinstance(value, Mapping):
+            value = {key: size for key, size in value.items() if size is not None}
+        if value is not None and value not in PIXELS[name]:
+            odd.append(f"{name} {value}")
+    for name in ("image_mean", "image_std"):
+        value = told.get(name) or CLIP_STD
+        if not isinstance(value, list) or len(value) != 3 or not (name == "image_mean" or all(value)):
+            odd.append(f"{name} {value}")
+    if not odd:
+        return ""
+    return (
+        f"prepares pixels in another way ({', '.join(odd)}): Glimpse squashes an image to {IMAGE_SIZE}x{IMAGE_SIZE} "
+        "pixels (bicubic), divides them by 255, subtracts image_mean and divides by image_std. Use a checkpoint that "
+        "was trained so. Without normalisation, image_mean is [0, 0, 0] and image_std [1, 1, 1]"
+    )
 
 
 def _directory(source: Path | str) -> Path:
@@ -541,8 +640,8 @@ def _loaded(module: Module, weights: dict[str, Tensor]) -> Module:
     return module
 
 
-def _tokenizer(folder: Path, target: Path) -> Path:
-    """The folder's tokenizer.json, or its other format (vocab.txt, tokenizer.model) converted to `target`."""
+def tokenizer_file(folder: Path, target: Path) -> Path:
+    """The folder's tokenizer.json, or its other format (vocab.json, vocab.txt) converted to `target`."""
     if (folder / "tokenizer.json").exists():
         return folder / "tokenizer.json"
     _read_tokenizer(folder).save(str(target))
@@ -556,11 +655,17 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     return found
 
 
-def _preprocessor(directory: Path, *, video: bool) -> dict:
+def model_card(directory: Path) -> dict[str, Any]:
+    """Read model_card.json; empty without this file."""
+    return _read_json(directory / "model_card.json", default={})
+
+
+def preprocessing(directory: Path, family: type[Module]) -> dict:
     """Read what the image processor does, or the video processor. It may be told in several files; the last one wins.
 
     preprocessor_config.json, video_preprocessor_config.json for a video, processor_config.json.
     """
+    video = issubclass(family, VIDEO)
     names = ["preprocessor_config.json", *(["video_preprocessor_config.json"] if video else [])]
     told: dict[str, object] = {}
     for name in names:

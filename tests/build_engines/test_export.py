@@ -223,16 +223,24 @@ def another_tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(told))
 
 
+def another_bos(folder: Path) -> None:
+    """In the configuration: older versions took the token before a prompt from there."""
+    told = json.loads((folder / "config.json").read_text())
+    told["text_config"]["bos_token_id"] = 0
+    (folder / "config.json").write_text(json.dumps(told))
+
+
 @pytest.mark.parametrize("language", [True, False])
 @pytest.mark.parametrize(
     ("change", "kept"),
     [
         (lambda folder: another_weight(folder, "language_model."), False),
         (another_tokenizer, False),
+        (another_bos, False),
         (lambda folder: (folder / "model_card.json").write_text('{"prompt": "{question}"}'), False),
         (lambda folder: (folder / "model_card.json").write_text('{"licence": "MIT"}'), True),
     ],
-    ids=["language model", "tokenizer", "prompt", "nothing"],
+    ids=["language model", "tokenizer", "BOS", "prompt", "nothing"],
 )
 def test_a_calibration_of_another_language_model_is_dropped(tiny, tmp_path, change, kept, language):
     """Confidence comes from its log probabilities. The fingerprint needs no loaded language model."""
@@ -245,6 +253,17 @@ def test_a_calibration_of_another_language_model_is_dropped(tiny, tmp_path, chan
     assert told.visual_fingerprint == tiny.visual_fingerprint()
     assert (told.confidence is not None) == kept
     assert kept or "of another prompt" in told.metadata["confidence"]
+
+
+def test_of_several_tokens_that_end_an_answer_one_must_be_chosen(tiny, tmp_path):
+    """As transformers' Trainer leaves them: the tokenizer's, then the checkpoint's own."""
+    shutil.copytree(tiny.directory, tmp_path / "tuned")
+    told = tmp_path / "tuned" / "generation_config.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"eos_token_id": [2, 13]}))
+    with pytest.raises(ValueError, match=r"any of the tokens 2 \('</s>'\), 13 .*\{\"end_id\": 13\}"):
+        card(Checkpoint.load(tmp_path / "tuned"))
+    (tmp_path / "tuned" / "model_card.json").write_text('{"end_id": 13}')
+    assert card(Checkpoint.load(tmp_path / "tuned")).end_id == 13
 
 
 def test_a_default_of_visual_tokens_that_is_not_offered_is_refused(tiny):

@@ -103,13 +103,16 @@ def write_blip2_image_text(directory: Path) -> None:
 
 
 def save_instructblip_vicuna(directory: Path) -> None:
-    """As `Salesforce/instructblip-vicuna-7b`, but that two query heads share a key head."""
-    tokenizer, words = _letters("</s>"), _words()
+    """As `Salesforce/instructblip-vicuna-7b`, but that two query heads share a key head.
+
+    Its tokenizer begins and ends with </s>. Its configuration is of another tokenizer, as the published one is.
+    """
+    tokenizer, words = _letters("</s>", bos="</s>", unk="</s>"), _words()
     processor = InstructBlipProcessor(IMAGE, tokenizer, words, num_query_tokens=32)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     text = {"model_type": "llama", "hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 330, "max_position_embeddings": 256,
-            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+            "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}  # fmt: skip
     config = InstructBlipConfig(
         vision_config=VISION,
         qformer_config=QFORMER | {"vocab_size": len(words), "max_position_embeddings": 64},
@@ -219,13 +222,13 @@ def trained_allocator() -> RelevanceAllocator:
     return allocator
 
 
-def _letters(pad: str) -> LlamaTokenizer:
+def _letters(pad: str, bos: str = "<s>", unk: str = "<unk>") -> LlamaTokenizer:
     """Bytes and letters, without merges."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     for piece in ["▁", *LETTERS]:
         vocabulary[piece] = len(vocabulary)
-    return LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True, pad_token=pad)
+    return LlamaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True, pad_token=pad, bos_token=bos, unk_token=unk)
 
 
 def _words() -> BertTokenizer:
@@ -311,7 +314,9 @@ def _save(model: PreTrainedModel, processor: Saved, directory: Path) -> None:
             )
     text = model.config.get_text_config()
     model.generation_config = GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id if text.pad_token_id >= 0 else None,  # transformers saves no other
     )
     model.save_pretrained(directory)
     processor.save_pretrained(directory)

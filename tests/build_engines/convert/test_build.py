@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,20 @@ from safetensors.torch import load_file, save_file
 from build_engines.convert import __main__ as build
 from build_engines.convert.inspection import inspect
 from build_engines.convert.options import Refused
-from build_engines.convert.run import digests
+from build_engines.convert.run import declare_done, digests
 from build_engines.export import export
-from build_engines.model.checkpoint import ALLOCATOR, save_allocator
-from build_engines.repository import GRAPHS
+from build_engines.model.checkpoint import ALLOCATOR, CLIP_MEAN, Checkpoint, save_allocator
+from build_engines.repository import GRAPHS, TEXT_ENCODER
 from tests.support.fakes import png
 from tests.support.killed_builds import kill_at_every_step
-from tests.support.shared_exports import SharedExports
-from tests.support.tiny_checkpoints import save_blip2_opt, save_instructblip_vicuna, trained_allocator
+from tests.support.shared_exports import SharedExports, graphs_of
+from tests.support.tiny_checkpoints import (
+    MEAN,
+    save_blip2_flan_t5,
+    save_blip2_opt,
+    save_instructblip_vicuna,
+    trained_allocator,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +161,18 @@ def lose_the_tokenizer(directory: Path) -> None:
         path.unlink()
 
 
+def keep_the_sentencepiece_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").rename(directory / "spiece.model")
+
+
+def prepare_pixels(**told: object) -> Callable[[Path], object]:
+    return lambda directory: (directory / "processor_config.json").write_text(json.dumps({"image_processor": told}))
+
+
+def end_at(*tokens: int) -> Callable[[Path], object]:
+    return lambda directory: (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens}))
+
+
 def edit(directory: Path, change: Callable[[dict], object]) -> None:
     config = json.loads((directory / "config.json").read_text())
     change(config)
@@ -186,6 +204,16 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (lose_the_tokenizer, "has no tokenizer"),
     "a tokenizer that is none": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be used"),
     "a tokenizer of more ids": (lambda d: edit(d, lambda c: c["text_config"].update(vocab_size=200)), "goes up to id"),
+    "a tokenizer in another format": (keep_the_sentencepiece_tokenizer, "has a spiece.model but no tokenizer.json"),
+    "several ends of an answer": (end_at(2, 13), "ends answers at any of the tokens 2"),
+    "a centre crop": (
+        prepare_pixels(do_center_crop=True, size={"shortest_edge": 224}),
+        r"size \{'shortest_edge': 224\}, do_center_crop True",
+    ),
+    "pixels that are not normalised": (prepare_pixels(do_normalize=False), "do_normalize False"),
+    "another rescaling": (prepare_pixels(rescale_factor=1 / 127.5), "rescale_factor"),
+    "bilinear resampling": (prepare_pixels(resample=2), "resample 2"),
+    "a grey mean": (prepare_pixels(image_mean=[0.5]), r"image_mean \[0.5\]"),
 }  # fmt: skip
 
 
@@ -197,6 +225,58 @@ def test_a_wrong_checkpoint_is_refused_with_the_reason(tiny: Path, tmp_path: Pat
     spoil(wrong)
     with pytest.raises(Refused, match=told):
         inspect(str(wrong))
+
+
+PREPROCESSORS: dict[str, dict[str, object]] = {
+    "BLIP-2": {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "image_mean": MEAN,
+               "image_std": MEAN, "resample": 3, "rescale_factor": 0.00392156862745098,
+               "size": {"height": 224, "width": 224}},
+    "IDEFICS": {"image_mean": MEAN, "image_num_channels": 3, "image_size": 224, "image_std": MEAN},
+    "values that are null": {"image_mean": None, "image_std": None, "do_center_crop": None, "crop_size": None,
+                             "size": {"height": 224, "width": 224, "longest_edge": None}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", PREPROCESSORS.values(), ids=PREPROCESSORS)
+def test_published_preprocessing_is_followed(tiny: Path, tmp_path: Path, told: dict[str, object]) -> None:
+    shutil.copytree(tiny, tmp_path / "tiny")
+    (tmp_path / "tiny" / "processor_config.json").unlink()
+    (tmp_path / "tiny" / "preprocessor_config.json").write_text(json.dumps(told))
+    assert inspect(str(tmp_path / "tiny"))
+    assert Checkpoint.load(tmp_path / "tiny", language=False).image_mean == (told["image_mean"] or CLIP_MEAN)
+
+
+def test_the_machine_is_checked_before_the_weights_are_fetched(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
+    asked = []
+
+    def allow(parameters: Mapping[str, int]) -> None:
+        asked.append(parameters)
+        raise Refused("too little memory")
+
+    with pytest.raises(Refused, match="too little memory"):
+        inspect(str(tmp_path / "tiny"), allow=allow)
+    assert asked == [inspect(str(tiny)).parameters]
+
+
+@pytest.mark.parametrize(
+    ("save", "stored", "only"),
+    [
+        (save_blip2_opt, "language_model.model.decoder.embed_tokens.weight", "language_model.lm_head.weight"),
+        (save_blip2_flan_t5, "language_model.shared.weight", "language_model.decoder.embed_tokens.weight"),
+    ],
+)
+def test_a_tied_tensor_may_have_any_of_its_names(
+    tmp_path: Path, save: Callable[[Path], None], stored: str, only: str
+) -> None:
+    save(tmp_path)
+    expected = Checkpoint.load(tmp_path).model.state_dict()
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[only] = weights.pop(stored)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert inspect(str(tmp_path))
+    found = Checkpoint.load(tmp_path).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_the_qformers_own_tokenizer_is_wanted_too(tmp_path: Path) -> None:

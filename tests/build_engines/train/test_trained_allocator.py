@@ -173,7 +173,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("told", [[32, 48], [64, 32], [0, 32], [32, 160], [32], "32", [32.0, 64.0]])
 def test_visual_tokens_that_are_no_groups_are_refused(exported: Exported, told: object) -> None:
     with pytest.raises(ValueError, match="visual tokens"):
-        card(Checkpoint(**vars(exported.checkpoint) | {"card": {"name": "x", "visual_tokens": told}}))
+        card(replace(exported.checkpoint, card={"name": "x", "visual_tokens": told}))
 
 
 def test_a_repository_keeps_no_closer_view_of_a_checkpoint_before(exported: Exported, tmp_path: Path) -> None:

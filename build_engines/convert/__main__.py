@@ -30,7 +30,7 @@ from build_engines.convert.options import (
 )
 from build_engines.convert.pictures import digest_of
 from build_engines.convert.plan import Step, plan, told
-from build_engines.convert.run import is_done, publish, run
+from build_engines.convert.run import Make, is_done, publish, run
 from build_engines.convert.source import Source, file_digest
 from build_engines.replacing import recover, why_not
 from service.core import tensors
@@ -184,26 +184,33 @@ def root_of(source: Source) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     from build_engines.convert.inspection import inspect  # noqa: PLC0415  (PyTorch: not for --help)
+    from build_engines.convert.steps import Maker  # noqa: PLC0415
 
     try:
         options = options_of(given)
         check_out(options.out)
-        source = inspect(options.checkpoint, options.allocator, options.zero_shot, options.image_text)
-        needed = estimate.check(options, source)
+        source = inspect(
+            options.checkpoint,
+            options.allocator,
+            options.zero_shot,
+            options.image_text,
+            allow=lambda parameters: estimate.check(options, parameters),  # before the weights are downloaded
+        )
         root = root_of(source)
         steps = plan(options, source, root)
         wanted = until(steps, given.until)
+        device = devices.gpu() if options.profile == "tensorrt" else ""
+        done = {step.name for step in steps if is_done(options.work, step, device)}
+        needed = estimate.check(options, source.parameters, {step.folder: step.name in done for step in steps})
     except Refused as refused:
         print(f"glimpse build: {refused}", file=sys.stderr)
         return 2
-    device = devices.gpu() if options.profile == "tensorrt" else ""
-    done = {step.name for step in steps if is_done(options.work, step, device)}
     if given.dry_run:
         print(f"{source.name}: {source.family}, {sum(source.parameters.values()) / 1e6:.1f} M parameters")
         print(f"needs {estimate.gigabytes(needed.memory)} of memory and {estimate.gigabytes(needed.disk)} of disk")
         print(told(wanted, done, lambda step: line_of(step, options, source)))
         return 0
-    return build(options, source, root, steps, wanted, device)
+    return build(options, wanted, Maker(options, source, root, steps), done)
 
 
 def line_of(step: Step, options: Options, source: Source) -> list[str]:
@@ -222,14 +229,12 @@ def until(steps: list[Step], last: str | None) -> list[Step]:
     return steps[: names.index(last) + 1]
 
 
-def build(
-    options: Options, source: Source, root: dict[str, Any], steps: list[Step], wanted: list[Step], device: str
-) -> int:
-    from build_engines.convert.steps import Maker, ToolFailed, ToolMissing  # noqa: PLC0415
+def build(options: Options, wanted: list[Step], make: Make, done: set[str]) -> int:
+    from build_engines.convert.steps import ToolFailed, ToolMissing  # noqa: PLC0415
 
     recover(options.out)
     try:
-        run(wanted, options.work, Maker(options, source, root, steps), Bar(len(wanted)), device)
+        run(wanted, options.work, make, Bar(len(wanted)), done)
     except (Refused, ToolFailed, ToolMissing) as error:
         print(f"glimpse build: {error}", file=sys.stderr)
         return 3

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from build_engines.convert.options import Options, Refused
-from build_engines.convert.source import Source
 from build_engines.repository import CLIP_GRAPH, CLIP_LLM, MOST_INLINE_BYTES
 
 FIXED_BYTES = 1_500_000_000  # PyTorch, transformers and the exporter themselves
@@ -23,7 +25,7 @@ class Needs:
     memory: int
 
 
-def needs(options: Options, parameters: dict[str, int]) -> Needs:
+def needs(options: Options, parameters: Mapping[str, int]) -> Needs:
     """Estimate the build's memory and disk. `parameters` are counts by component.
 
     Memory: the checkpoint in FP32, and the most that one graph needs. A graph's weights count five times if they are
@@ -36,8 +38,8 @@ def needs(options: Options, parameters: dict[str, int]) -> Needs:
     graph = max(held * (5 if held <= MOST_INLINE_BYTES else 2) for held in weights)
     memory = FIXED_BYTES + 4 * sum(parameters.values()) + graph
     disk = 4 * sum(exported.values())
-    if options.precision != "fp32":
-        disk += 2 * sum(exported.values())
+    if options.precision != "fp32":  # a graph of BF16 is one of FP32 that rounds
+        disk += (4 if options.precision == "bf16" else 2) * sum(exported.values())
     if options.precision == "fp8":
         disk += 4 * sum(exported.values()) + options.calibration_images * CALIBRATION_BYTES
     if options.profile == "tensorrt":
@@ -46,14 +48,20 @@ def needs(options: Options, parameters: dict[str, int]) -> Needs:
     return Needs(disk=disk + 100_000_000, memory=memory)
 
 
-def check(options: Options, source: Source, free_disk: int | None = None, free_memory: int | None = None) -> Needs:
+def check(
+    options: Options,
+    parameters: Mapping[str, int],
+    stays: Mapping[str, bool] | None = None,
+    free_disk: int | None = None,
+    free_memory: int | None = None,
+) -> Needs:
     """Return what the build needs. Raises Refused if the machine has less.
 
-    Free disk and memory are looked up if not given.
+    `stays` is as for `reusable`. Free disk and memory are looked up if not given.
     """
-    wanted = needs(options, dict(source.parameters))
+    wanted = needs(options, parameters)
     disk = shutil.disk_usage(_existing(options.work)).free if free_disk is None else free_disk
-    disk += sum(path.stat().st_size for path in options.work.rglob("*") if path.is_file())
+    disk += reusable(options.work, stays)
     if disk < wanted.disk:
         raise Refused(
             f"the build needs {gigabytes(wanted.disk)} of disk at {options.work}; {gigabytes(disk)} are free. "
@@ -66,6 +74,26 @@ def check(options: Options, source: Source, free_disk: int | None = None, free_m
             "Use a machine with more memory"
         )
     return wanted
+
+
+def reusable(work: Path, stays: Mapping[str, bool] | None = None) -> int:
+    """Count the bytes in the build folder that need no more disk: output that stays, and what a build frees.
+
+    `stays` says of each step's folder whether its output stays; None: not known yet, so everything may. Another output
+    is freed only if nothing else links to it: the repository links to what it was built of. A file counts once.
+    """
+    links: Counter[int] = Counter()
+    files: dict[int, os.stat_result] = {}
+    kept = set()
+    for path in (path for path in work.rglob("*") if path.is_file()):
+        folder = path.relative_to(work).parts[0].removesuffix(".partial")
+        if stays is None or folder in stays:
+            told = path.stat()
+            links[told.st_ino] += 1
+            files[told.st_ino] = told
+            if stays is None or stays[folder]:
+                kept.add(told.st_ino)
+    return sum(told.st_size for inode, told in files.items() if inode in kept or links[inode] == told.st_nlink)
 
 
 def available_memory(proc: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

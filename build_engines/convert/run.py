@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -38,14 +38,14 @@ class Watcher(Protocol):
     def finished(self, step: Step) -> None: ...
 
 
-def run(steps: Sequence[Step], work: Path, make: Make, watcher: Watcher, device: str = "") -> None:
+def run(steps: Sequence[Step], work: Path, make: Make, watcher: Watcher, done: Collection[str] | None = None) -> None:
     """Run the steps that are not done. A step's error propagates; earlier steps stay done for the next run.
 
-    `device` is as for `is_done`.
+    `done` are the names of the steps that are done; None: see `is_done`.
     """
     work.mkdir(parents=True, exist_ok=True)
     for step in steps:
-        if is_done(work, step, device):
+        if step.name in done if done is not None else is_done(work, step):
             watcher.skipped(step)
             continue
         watcher.begun(step)

@@ -205,10 +205,33 @@ def test_what_a_build_needs_is_compared_with_what_the_machine_has() -> None:
     inline = estimate.needs(options("embedded"), {"vision_encoder": 303_178_752, "qformer": 1, "llm": 1})
     assert inline.memory > 8.7e9  # measured for ViT-L's export, with 1.3 GB of other weights: 9.7 GB
     with pytest.raises(Refused, match=r"needs 15\.\d GB of disk at /engines/blip\.build; 1\.0 GB are free"):
-        estimate.check(options("embedded"), source(), free_disk=10**9, free_memory=plenty)
+        estimate.check(options("embedded"), source().parameters, free_disk=10**9, free_memory=plenty)
     with pytest.raises(Refused, match=r"of memory; 8\.0 GB are free"):
-        estimate.check(options("embedded"), source(), free_disk=plenty, free_memory=8 * 10**9)
-    assert estimate.check(options("embedded"), source(), free_disk=plenty, free_memory=plenty) == wanted
+        estimate.check(options("embedded"), source().parameters, free_disk=plenty, free_memory=8 * 10**9)
+    assert estimate.check(options("embedded"), source().parameters, free_disk=plenty, free_memory=plenty) == wanted
+
+
+def test_a_build_in_bf16_needs_its_graphs_twice() -> None:
+    fp32, bf16 = (estimate.needs(options("embedded", name), source().parameters).disk for name in ("fp32", "bf16"))
+    assert bf16 - fp32 == 4 * sum(source().parameters.values())
+
+
+def test_disk_that_a_build_gets_back_is_counted_once_and_only_if_the_repository_does_not_hold_it(
+    tmp_path: Path,
+) -> None:
+    work, out = tmp_path / "out.build", tmp_path / "out"
+    for name, size in {"export-llm": 1000, "repository": 10, "samples": 300, "of-another-build": 70}.items():
+        (work / name).mkdir(parents=True)
+        (work / name / "file").write_bytes(b"x" * size)
+    (work / "repository" / "llm").hardlink_to(work / "export-llm" / "file")
+    again = {"export-llm": False, "repository": False, "samples": False}
+    assert estimate.reusable(tmp_path / "nothing") == 0
+    assert estimate.reusable(work) == 1380
+    assert estimate.reusable(work, again) == 1310  # another build's output is not removed
+    out.mkdir()
+    (out / "llm").hardlink_to(work / "export-llm" / "file")
+    assert estimate.reusable(work, again) == 310
+    assert estimate.reusable(work, again | {"export-llm": True}) == 1310  # it stays, so nothing new is written
 
 
 def test_available_memory_is_the_containers_where_that_is_less(tmp_path: Path) -> None:

@@ -33,10 +33,7 @@ HERE = (
 
 
 class Refused(Exception):
-    """The checkpoint, the options or the machine do not allow the build.
-
-    Raised before any work starts. The message says what is wrong.
-    """
+    """The checkpoint, the options or the machine do not allow the build. The message says what is wrong."""
 
 
 @dataclass(frozen=True)

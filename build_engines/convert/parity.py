@@ -11,12 +11,16 @@ import onnx
 import onnxruntime
 import torch
 
+from build_engines.convert.options import Refused
 from build_engines.export import Graph as Exported
 from service.core.card import ImageMarks, ModelCard
 from triton_models.session import Array
 
 BATCH = 4
 DECODED = 4  # tokens after each prompt, as chosen in FP32
+# Least cosine of an output with FP32's, or of FP32's with PyTorch's, for a build to go on; for integers, least share of
+# equal values. Far below what is measured: .9999 in FP32 and FP16, .995 in FP8 and INT8 (docs/engines.md).
+FLOORS = {"fp32": 0.99, "fp16": 0.98, "bf16": 0.98, "fp8": 0.9, "int8": 0.9, "int4": 0.8}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,18 @@ def nearness(ours: Array, theirs: Array) -> Nearness:
     return Nearness(_cosine(a.ravel(), b.ravel()), min(rows), float(np.abs(a - b).max()))
 
 
+def check(report: Mapping[str, Mapping[str, Nearness]], precision: str) -> None:
+    """Raises Refused if an output of a graph is further from the reference than FLOORS allows."""
+    for graph, outputs in report.items():
+        for output, near in outputs.items():
+            if near.cosine < FLOORS[precision]:
+                raise Refused(
+                    f"{output} of {graph} in {precision} has a cosine of {near.cosine:.4f} with the reference, and "
+                    f"{FLOORS[precision]} is expected at least: the graph computes something else. See parity.json in "
+                    "the build folder, and build in another precision"
+                )
+
+
 def _cosine(a: Array, b: Array) -> float:
     lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / lengths if lengths else float(np.array_equal(a, b))
@@ -60,14 +76,12 @@ def session(graph: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
 
 
-def outputs(
-    graph: Path | onnxruntime.InferenceSession, feeds: Mapping[str, Array], batched: bool = True
-) -> dict[str, Array]:
+def outputs(graph: Path | Run, feeds: Mapping[str, Array], batched: bool = True) -> dict[str, Array]:
     """Every output for all samples, or for the only one if it has no batch dimension.
 
     Inputs are cast to the graph's types.
     """
-    run = session(graph) if isinstance(graph, Path) else graph
+    run = opened(graph)
     takes = {spec.name: _numpy_type(spec.type) for spec in run.get_inputs()}
     names = [spec.name for spec in run.get_outputs()]
     parts = [run.run(names, {name: array.astype(takes[name], copy=False) for name, array in part.items()})
@@ -101,11 +115,50 @@ def _numpy_type(onnx_type: str) -> type[np.generic]:
             "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}[onnx_type]  # fmt: skip
 
 
+class Module:
+    """A PyTorch module in the place of an ONNX graph's session: its inputs, its outputs, and a run."""
+
+    def __init__(self, graph: Exported, vocab_size: int) -> None:
+        self._module = graph.module
+        self._inputs = [Spec(name, ONNX_TYPES[given.dtype], tuple(given.shape)) for name, given in graph.inputs.items()]
+        self._outputs = [Spec(name, "tensor(float)", (-1, vocab_size)) for name in graph.outputs]
+
+    def get_inputs(self) -> list[Spec]:
+        return self._inputs
+
+    def get_outputs(self) -> list[Spec]:
+        """The vocabulary is the size of the logits; nobody asks for the others' sizes."""
+        return self._outputs
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        with torch.inference_mode():
+            found = self._module(*(torch.from_numpy(feeds[spec.name]) for spec in self._inputs))
+        by_name = dict(zip((spec.name for spec in self._outputs), found, strict=True))
+        return [by_name[name].numpy() for name in names]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An input or an output."""
+
+    name: str
+    type: str  # as ONNX Runtime names it
+    shape: tuple[int, ...]
+
+
+ONNX_TYPES = {torch.float32: "tensor(float)", torch.int32: "tensor(int32)", torch.int64: "tensor(int64)"}
+Run = onnxruntime.InferenceSession | Module
+
+
+def opened(graph: Path | Run) -> Run:
+    return session(graph) if isinstance(graph, Path) else graph
+
+
 @dataclass(frozen=True)
 class Encoder:
     """The encoder's graph of an encoder-decoder, and the token with which the decoder begins."""
 
-    run: onnxruntime.InferenceSession
+    run: Run
     start_id: int
 
     def read(self, ids: Array, visual: Array) -> dict[str, Array]:
@@ -122,7 +175,7 @@ class Encoder:
 class Images:
     """The graph that makes keys and values of IDEFICS's images, and the words that tell where an image is."""
 
-    run: onnxruntime.InferenceSession
+    run: Run
     marks: ImageMarks
 
     def read(self, ids: Array, visual: Array) -> dict[str, Array]:
@@ -138,21 +191,21 @@ class Images:
         return {"image_starts": np.zeros_like(ends), "image_ends": ends}
 
 
-def reader_of(card: ModelCard, graph: Path) -> Encoder | Images | None:
+def reader_of(card: ModelCard, graph: Path | Run) -> Encoder | Images | None:
     """Open the graph that reads a prompt before the LLM's decoder; None if the LLM has none."""
     if card.image_marks is not None:
-        return Images(session(graph), card.image_marks)
-    return None if card.decoder_start_id is None else Encoder(session(graph), card.decoder_start_id)
+        return Images(opened(graph), card.image_marks)
+    return None if card.decoder_start_id is None else Encoder(opened(graph), card.decoder_start_id)
 
 
 def logits(
-    graph: Path, feeds: Mapping[str, Array], forced: Array | None = None, encoder: Encoder | Images | None = None
+    graph: Path | Run, feeds: Mapping[str, Array], forced: Array | None = None, encoder: Encoder | Images | None = None
 ) -> Array:
     """[B, 1 + DECODED, V]: logits after each prompt and each following token.
 
     The following tokens are `forced` [B, DECODED], or the likeliest ones.
     """
-    run = session(graph)
+    run = opened(graph)
     rows = zip(feeds["visual_tokens"], feeds["text_ids"], feeds["text_lengths"], strict=True)
     found = []
     for row, (visual, text, length) in enumerate(rows):
@@ -162,7 +215,7 @@ def logits(
 
 
 def greedy(
-    run: onnxruntime.InferenceSession,
+    run: Run,
     visual: Array,
     text: Array,
     most: int,
@@ -180,7 +233,7 @@ def greedy(
 
 
 def decode(
-    run: onnxruntime.InferenceSession,
+    run: Run,
     visual: Array,
     text: Array,
     most: int,

@@ -11,7 +11,7 @@ digests and the versions alone; nothing here has side effects. A step with an un
     bf16 NAME        ONNX -> ONNX that rounds to BF16 as a CPU does, to measure what that changes
     agreement        answers of a CPU precision compared with FP32's
     fp16 NAME        ONNX -> ONNX in FP16, with sensitive nodes kept in FP32
-    parity           cosine and greatest difference of every graph against FP32
+    parity           cosine and greatest difference of every graph against PyTorch or FP32; a floor for the cosine
     plan NAME        ONNX -> TensorRT plan, inside the image that will serve it
     llm ...          checkpoint -> TensorRT-LLM engine, inside the image that will serve it
     card             the gateway's card and the tokenizers
@@ -31,7 +31,7 @@ from blake3 import blake3
 from build_engines.convert import plans, profiles, trtllm
 from build_engines.convert.options import GPU_PRECISIONS, Options, Refused
 from build_engines.convert.source import Source
-from build_engines.repository import CLIP_GRAPH, graphs_of
+from build_engines.repository import CLIP_GRAPH, CLIP_LLM, graphs_of
 from service.core.precision import REDUCED
 from service.core.vision import CROPS
 
@@ -173,13 +173,15 @@ def _steps(options: Options, source: Source) -> Iterator[Step]:
                        needs=(made[name],), settings={"graph": name})  # fmt: skip
             made[name] = f"fp16 {name}"
     exported = tuple(f"export {name}" for name in graphs)
+    against = "pytorch" if options.precision == "fp32" else "fp32"
+    in_fp32 = {CLIP_LLM} if against == "pytorch" else set()  # the reader of a prompt is compared with its decoder
+    compared = made | {name: step for name, step in beside.items() if name in in_fp32}
     yield Step(
         "parity",
         "parity",
-        "cosine and greatest difference of every graph against "
-        + ("PyTorch" if options.precision == "fp32" else "FP32"),
+        "cosine and greatest difference of every graph against " + ("PyTorch" if against == "pytorch" else "FP32"),
         needs=("samples", *exported, *beside.values(), *(name for name in made.values() if name not in exported)),
-        settings={"graphs": made, "against": "pytorch" if options.precision == "fp32" else "fp32", "static": static},
+        settings={"graphs": compared, "against": against, "static": static},
     )
     agreement: tuple[str, ...] = ()
     if on_cpu:

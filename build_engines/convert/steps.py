@@ -40,10 +40,11 @@ from build_engines.convert.plan import Step, folder_of
 from build_engines.convert.run import DONE, TOOL
 from build_engines.convert.source import Source
 from build_engines.convert.static import static_graphs
-from build_engines.export import Graph, card, export_graph, graphs
+from build_engines.export import Graph, card, export_graph, graphs, offered_visual_tokens
 from build_engines.model.checkpoint import Checkpoint, without_clips
 from build_engines.repository import (
     BESIDE_LLM,
+    CLIP_LLM,
     MOST_INLINE_BYTES,
     TEXT_ENCODER,
     Model,
@@ -99,7 +100,7 @@ class Maker:
     @property
     def groups(self) -> int:
         """Groups of queries that a request may ask for."""
-        return card(self.checkpoint).visual_tokens[1] // self.checkpoint.queries
+        return offered_visual_tokens(self.checkpoint)[1] // self.checkpoint.queries
 
     def make_card(self, step: Step, out: Path) -> None:
         try:
@@ -204,36 +205,49 @@ class Maker:
     def make_parity(self, step: Step, out: Path) -> None:
         report = {}
         for name, made in tqdm(step.settings["graphs"].items(), desc="parity", unit="graph"):
-            feeds = dict(np.load(self.folder("samples") / f"{name}.npz"))
-            if MODELS[name].batched:
+            of = "llm" if name == CLIP_LLM else name
+            feeds = dict(np.load(self.folder("samples") / f"{of}.npz"))
+            if MODELS[of].batched:
                 feeds = {key: array[: samples.PARITY] for key, array in feeds.items()}
-            near = self._nearness(name, self.folder(made) / MODEL, feeds, step.settings)
-            report[name] = {output: each.as_json() for output, each in near.items()}
-        write(out / "parity.json", {"against": step.settings["against"], "samples": samples.PARITY, "graphs": report})
+            nearness = self._nearness_of_llm if of == "llm" else self._nearness
+            try:
+                report[name] = nearness(name, self.folder(made) / MODEL, feeds, step.settings)
+            except ValueError as exc:
+                raise Refused(f"{name}: {exc}") from exc
+        told = {name: {output: each.as_json() for output, each in near.items()} for name, near in report.items()}
+        write(out / "parity.json", {"against": step.settings["against"], "samples": samples.PARITY, "graphs": told})
+        parity.check(report, self.options.precision)
 
     def _nearness(
         self, name: str, graph: Path, feeds: Mapping[str, Any], settings: Mapping[str, Any]
     ) -> dict[str, parity.Nearness]:
-        if settings["against"] == "pytorch" and name != "llm":
-            batched = MODELS[name].batched
-            ours = parity.outputs(graph, feeds, batched)
+        batched = MODELS[name].batched
+        ours = parity.outputs(graph, feeds, batched)
+        if settings["against"] == "pytorch":
             theirs = parity.outputs_of_module(self.graphs(settings["static"])[name], feeds, batched)
-        elif name == "llm":
-            # The tests compare the decoder with PyTorch. Here a graph is compared with its FP32 version.
-            encoder = self._encoder()
-            reference = parity.logits(self.folder("export llm") / MODEL, feeds, encoder=encoder)
-            ours = {"logits": parity.logits(graph, feeds, reference.argmax(2), encoder)}
-            theirs = {"logits": reference}
         else:
-            batched = MODELS[name].batched
-            ours = parity.outputs(graph, feeds, batched)
             theirs = parity.outputs(self.folder(f"export {name}") / MODEL, feeds, batched)
         return {output: parity.nearness(ours[output], theirs[output]) for output in theirs}
 
-    def _encoder(self) -> parity.Encoder | parity.Images | None:
+    def _nearness_of_llm(
+        self, name: str, graph: Path, feeds: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> dict[str, parity.Nearness]:
+        """Compare logits after prompts and a few tokens, which what reads the prompt before the decoder decides too."""
+        exported = {each: self.folder(f"export {each}") / MODEL for each in (name, TEXT_ENCODER)}
+        compared: Mapping[str, Path | parity.Run] = exported
+        if settings["against"] == "pytorch":
+            modules = self.graphs(static=False)
+            compared = {
+                each: parity.Module(modules[each], self.checkpoint.vocab_size) for each in exported if each in modules
+            }
+        theirs = parity.logits(compared[name], feeds, encoder=self._reader(compared.get(TEXT_ENCODER)))
+        ours = parity.logits(graph, feeds, theirs.argmax(2), self._reader(exported[TEXT_ENCODER]))
+        return {"logits": parity.nearness(ours, theirs)}
+
+    def _reader(self, graph: Path | parity.Run | None) -> parity.Encoder | parity.Images | None:
         """What reads a prompt before the decoder, if anything does."""
         told = ModelCard.from_json((self.folder("card") / "card.json").read_text())
-        return parity.reader_of(told, self.folder(f"export {TEXT_ENCODER}") / MODEL)
+        return None if graph is None else parity.reader_of(told, graph)
 
     def make_plain(self, _: Step, out: Path) -> None:
         self.checkpoint.model.language_model.half().save_pretrained(out)

@@ -103,6 +103,8 @@ def test_the_manifest_says_what_the_repository_is(tiny: Path, built: Path) -> No
     assert manifest["shapes"]["qformer"]["outputs"]["visual_tokens"] == ["FP32", 128, 40]
     assert near["vision_encoder"]["features"]["least_cosine"] > 0.99999
     assert near["qformer"]["visual_tokens"]["least_cosine"] > 0.99999
+    assert near["llm"]["logits"]["least_cosine"] > 0.99999
+    assert near["llm"]["logits"]["greatest_difference"] > 0  # not of the graph with itself
     assert str(tiny.parent) not in json.dumps(manifest)
 
 
@@ -339,6 +341,28 @@ def test_a_damaged_picture_is_left_out_and_listed_and_too_few_are_told(
     assert build.main(arguments) == 0
     assert "samples: 1 files or lines are left out: 00.jpg: " in capsys.readouterr().err
     assert (tmp_path / "out.build" / "samples" / "skipped.txt").read_text().startswith("00.jpg: ")
+
+
+@pytest.mark.parametrize("spoilt", ["llm", TEXT_ENCODER])
+def test_a_language_model_that_computes_something_else_is_no_repository(
+    exports: SharedExports, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoilt: str
+) -> None:
+    save_blip2_flan_t5(tmp_path / "t5")
+    arguments = [str(tmp_path / "t5"), "--out", str(tmp_path / "out")]
+    exports.lend(*arguments)
+    (step,) = (step for step, graph in graphs_of(build.options_of(build.parser().parse_args(arguments)))
+               if graph.name == spoilt)  # fmt: skip
+    folder = tmp_path / "out.build" / step.folder
+    graph = onnx.load(folder / "model.onnx")
+    for constant in graph.graph.initializer:
+        values = onnx.numpy_helper.to_array(constant)
+        if values.ndim == 2 and values.dtype == np.float32:
+            constant.CopyFrom(onnx.numpy_helper.from_array(np.flip(values, 0).copy(), constant.name))
+    onnx.save(graph, folder / "model.onnx")
+    declare_done(step, folder)
+    assert build.main(arguments) == 3
+    assert "logits of llm in fp32 has a cosine of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_where_the_gpu_is_missing_the_rest_is_made_and_the_next_step_told(

@@ -506,6 +506,13 @@ def test_weights_for_clips_are_built_for_cpus_and_stay_in_fp32(profile: str, pre
     assert not any(name.endswith("llm_clips") and not name.startswith("export") for name in steps)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_weights_for_clips_are_compared_with_pytorch_where_all_is(precision: str) -> None:
+    given = replace(source(), clip=True, clip_weights=True)
+    steps = {step.name: step for step in plan(options("embedded", precision), given, ROOT)}
+    assert ("llm_clips" in steps["parity"].settings["graphs"]) == (precision == "fp32")
+
+
 def test_a_build_without_weights_for_clips_needs_less() -> None:
     own = source().parameters
     clips = dict(own) | {"attend_clip": 40_000_000, "llm_clips": own["llm"]}

@@ -19,8 +19,8 @@ from triton_models.session import Array
 BATCH = 4
 DECODED = 4  # tokens after each prompt, as chosen in FP32
 # Least cosine of an output with FP32's, or of FP32's with PyTorch's, for a build to go on; for integers, least share of
-# equal values. Far below what is measured: .9999 in FP32 and FP16, .995 in FP8 and INT8 (docs/engines.md).
-FLOORS = {"fp32": 0.99, "fp16": 0.98, "bf16": 0.98, "fp8": 0.9, "int8": 0.9, "int4": 0.8}
+# equal values. Measured with the reference model: .9999 in FP32, .99 or more in the others.
+FLOORS = {"fp32": 0.99, "fp16": 0.98, "bf16": 0.98, "fp8": 0.9, "int8": 0.9, "int4": 0.9}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ them share: what is measured is the table with its counters, as the gateway uses
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 import time
@@ -55,12 +56,19 @@ def feature_key(number: int) -> FeatureKey[VisionFeatures]:
     return first_view("benchmark", f"{number:064x}")
 
 
+async def encoded(features: VisionFeatures) -> asyncio.Task[VisionFeatures]:
+    """Return an encode that has ended."""
+    task = asyncio.create_task(asyncio.sleep(0, features))
+    await task
+    return task
+
+
 async def feature_cache(entries: int) -> FeatureCache:
     """Return a cache that is full with so many."""
     cache = FeatureCache(entries * FEATURES.nbytes, Metrics())
     for number in range(entries):
         async with cache.find(feature_key(number)) as found:
-            found.keep(VisionFeatures(FLOATS, FLOATS, FLOATS, FLOATS))
+            found.expect(await encoded(VisionFeatures(FLOATS, FLOATS, FLOATS, FLOATS)))
     return cache
 
 
@@ -75,11 +83,11 @@ async def features_get(entries: int) -> Table:
 
 
 async def features_put(entries: int) -> Table:
-    cache = await feature_cache(entries)
+    cache, ended = await feature_cache(entries), await encoded(FEATURES)
 
     async def put(key: FeatureKey[VisionFeatures]) -> None:
         async with cache.find(key) as found:
-            found.keep(FEATURES)
+            found.expect(ended)
         require(len(cache) == entries)
 
     return Table(map(feature_key, itertools.count(entries)), put)

@@ -97,26 +97,16 @@ class Pipeline:
         self, vision: VisionModel, language: LanguageModel, card: ModelCard, prompts: PromptBuilder, **fields: Any
     ) -> Model:
         """Make what answers for one variant, with the parts that all variants share. `fields` are those of Model."""
-        clip_stage = ClipStage(
-            vision=vision,
-            admission=self.admission,
-            card=card,
-            prompts=prompts,
-            pixels=self.pixels,
-            features=self.features,
-            visual=self.visual,
-            clips=self.clips,
-        )
-        stage = VisionStage(
-            vision=vision,
-            admission=self.admission,
-            card=card,
-            prompts=prompts,
-            pixels=self.pixels,
-            features=self.features,
-            visual=self.visual,
-            clip_stage=clip_stage,
-        )
+        parts: dict[str, Any] = {
+            "vision": vision,
+            "admission": self.admission,
+            "card": card,
+            "prompts": prompts,
+            "pixels": self.pixels,
+            "features": self.features,
+            "visual": self.visual,
+        }
+        stage = VisionStage(**parts, clip_stage=ClipStage(**parts, clips=self.clips))
         estimator = Estimator(
             card=card,
             prompts=prompts,

@@ -29,8 +29,8 @@ FindFeatures = Callable[[Sequence[Look], Ticket], Awaitable[None]]  # of all loo
 
 
 @dataclass(kw_only=True, eq=False)
-class ClipStage:
-    """Do what is done once for a request's clip; the vision stage looks at its frames. Made once by the pipeline."""
+class Stage:
+    """Hold what looking at images and at clips needs."""
 
     vision: VisionModel
     admission: Admission
@@ -39,6 +39,12 @@ class ClipStage:
     pixels: Pixels
     features: FeatureCache
     visual: VisualCache
+
+
+@dataclass(kw_only=True, eq=False)
+class ClipStage(Stage):
+    """Do what is done once for a request's clip; the vision stage looks at its frames. Made once by the pipeline."""
+
     clips: ClipMemory
 
     async def shown(self, clip: LoadedClip, find: FindFeatures, ticket: Ticket) -> Shown:

@@ -111,7 +111,7 @@ class Pixels:
             raise copy(error) from error.__cause__
 
     def remember(self, look: Look, request: Request) -> None:
-        """Store what the look is at, once, so that later questions can name its id. Of a frame, the clip's file."""
+        """Store the image once, so that later questions can name its id. For a frame, store its clip's file."""
         shown, image = (look, look.image) if look.film is None else (look.film, look.film.file)
         if not shown.is_remembered:
             shown.is_remembered = True

@@ -19,14 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from service.admission.admission import Admission
 from service.admission.scheduler import Claim, Kind, Resource
-from service.cache.features import FeatureCache, Found
+from service.cache.features import Found
 from service.cache.keys import FeatureKey, Features, closer_view, first_view
-from service.cache.visual_tokens import VisualCache, embedding_key, visual_key
-from service.core.card import ModelCard
+from service.cache.visual_tokens import embedding_key, visual_key
 from service.core.errors import Overloaded, TooLarge
-from service.core.models import VisionModel
 from service.core.request import Budget, Priority, Request
 from service.core.viewport import fitting
 from service.core.vision import (
@@ -44,10 +41,8 @@ from service.media.formats import reads_as_pdf
 from service.media.header import require_page, upright_size
 from service.media.store import Image, LoadedClip
 from service.record.ticket import Ticket
-from service.text.prompt import PromptBuilder
-from service.vision_stage.clip_stage import ClipStage
+from service.vision_stage.clip_stage import ClipStage, Stage
 from service.vision_stage.clips import Shown
-from service.vision_stage.pixels import Pixels
 from service.vision_stage.plan import (
     OF_FRAME,
     Attend,
@@ -73,16 +68,9 @@ ENCODE_TIMEOUT_S = 10.0
 
 
 @dataclass(kw_only=True, eq=False)
-class VisionStage:
+class VisionStage(Stage):
     """Look at the images of all requests. Made once by the pipeline."""
 
-    vision: VisionModel
-    admission: Admission
-    card: ModelCard
-    prompts: PromptBuilder
-    pixels: Pixels
-    features: FeatureCache
-    visual: VisualCache
     clip_stage: ClipStage
 
     async def look(self, images: Sequence[Image], clip: LoadedClip | None, ticket: Ticket) -> Sight:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any
@@ -21,7 +20,7 @@ from service.core.tensors import MAX_MESSAGE_BYTES, Arrays
 from service.triton import codec
 from service.triton.contract import CALLED, VISION_MODELS
 from service.triton.errors import MESSAGES, translate, translated, unhealthy_model
-from service.triton.streams import LINGER_S, Stream
+from service.triton.streams import LINGER_S, Silent, Stream
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -74,7 +73,6 @@ class Calls:
             # stream_stream they would be three packets and two tasks.
             self._streams[url] = channel.unary_stream(
                 "/inference.GRPCInferenceService/ModelStreamInfer",
-                request_serializer=service_pb2.ModelInferRequest.SerializeToString,
                 response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
             )
 
@@ -165,14 +163,14 @@ class Calls:
 
     async def infer(self, model: str, tensors: Arrays, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
         """Run one unary inference. If its caller leaves, the call still runs to its end: see streams."""
-        return await self.infer_message(model, codec.message(model, tensors), timeout_s)
+        return await self.send(model, codec.request(model, tensors), timeout_s)
 
-    async def infer_message(self, model: str, message: bytes, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
-        """`infer` for a request that is serialised already."""
+    async def send(self, model: str, request: bytes, timeout_s: float) -> dict[str, npt.NDArray[Any]]:
+        """`infer` for a request that is made already."""
         if timeout_s <= 0:
             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
         begun = time.monotonic()
-        call = self._of(self._infers, model)(message, timeout=timeout_s + LINGER_S)
+        call = self._of(self._infers, model)(request, timeout=timeout_s + LINGER_S)
         task = asyncio.create_task(_response(call))
         self._keep(task)
         with self._in_flight(model, call):
@@ -193,7 +191,7 @@ class Calls:
     async def responses(
         self,
         model: str,
-        request: service_pb2.ModelInferRequest,
+        request: bytes,
         timeout_s: float,
         stall_timeout_s: float,
         stop: Callable[[], grpc.aio.UnaryStreamCall] | None = None,
@@ -204,27 +202,22 @@ class Calls:
         after about 33 ms and may kill Triton.
         """
         begun = time.monotonic()
-        deadline = begun + timeout_s
-        silence_s = math.inf  # only the deadline limits the first response, which waits in the queue
         if timeout_s <= 0:
             raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "before it was asked")
-        stream = Stream(self.stream(model, request))
+        stream = Stream(self.stream(model, request), timeout_s, stall_timeout_s)
         self._keep(stream.reader)
         final = False
         try:
             with self._in_flight(model, stream.call):
                 while not final:
-                    left_s = deadline - time.monotonic()
                     try:
-                        async with asyncio.timeout(min(silence_s, left_s)):
-                            response = await stream.read()
-                    except TimeoutError as exc:
-                        if left_s <= silence_s:
-                            self._note_silence(model, begun)
-                            raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no final response") from exc
+                        response = await stream.read()
+                    except Silent as exc:
                         text = f"the model {model} sent no token for {stall_timeout_s:g} s: try again"
                         raise Unavailable(text) from exc
-                    silence_s = stall_timeout_s
+                    except TimeoutError as exc:
+                        self._note_silence(model, begun)
+                        raise translate(model, grpc.StatusCode.DEADLINE_EXCEEDED, "no final response") from exc
                     if response is grpc.aio.EOF:
                         raise InternalError(f"the model {model} ended without a final response")
                     if response.error_message:
@@ -234,10 +227,11 @@ class Calls:
                     self._answered[model] = time.monotonic()
                     yield response.infer_response
         finally:
+            stream.close()
             if not (final or stream.is_over):
                 self._keep(asyncio.create_task(stream.wind_up(stop)))
 
-    def stream(self, model: str, request: service_pb2.ModelInferRequest) -> grpc.aio.UnaryStreamCall:
+    def stream(self, model: str, request: bytes) -> grpc.aio.UnaryStreamCall:
         """Send a decoupled request."""
         return self._of(self._streams, model)(request)
 

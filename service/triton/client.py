@@ -14,7 +14,6 @@ from uuid import uuid4
 import grpc  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
-from tritonclient.grpc import service_pb2
 
 from service.core.card import ModelCard
 from service.core.errors import DeadlineExceeded, GlimpseError, InternalError, Overloaded, Unavailable
@@ -126,9 +125,9 @@ class TritonClient:
         The request has megabytes, so a thread makes it.
         """
         begun = time.monotonic()
-        message = await asyncio.to_thread(codec.clip_message, frames, times, question, budget)
+        request = await asyncio.to_thread(codec.clip_request, frames, times, question, budget)
         left_s = timeout_s - (time.monotonic() - begun)
-        return codec.seen_clip(await self._calls.infer_message("attend_clip", message, left_s), budget)
+        return codec.seen_clip(await self._calls.send("attend_clip", request, left_s), budget)
 
     async def generate(self, generation: Generation, timeout_s: float) -> AsyncGenerator[tuple[int, ...], None]:
         """Yield token ids as they come, `end_id` included if it was generated.
@@ -143,7 +142,7 @@ class TritonClient:
         request_id, log_probs = generation.request_id, generation.log_probs
         inputs = codec.llm_inputs(generation, self._text_type)
 
-        def request(tensors: Arrays) -> service_pb2.ModelInferRequest:
+        def request(tensors: Arrays) -> bytes:
             return codec.request("llm", tensors, request_id, for_tensorrt_llm=self._is_tensorrt_llm)
 
         def stop() -> grpc.aio.UnaryStreamCall:

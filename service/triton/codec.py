@@ -24,48 +24,52 @@ _OUTPUTS = {
     name: [service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=output.name) for output in model.outputs]
     for name, model in CALLED.items()
 }
+_CONTENT = service_pb2.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"]
+_CONTENT_TAG = bytes([_CONTENT.number << 3 | 2])  # 2: a field with a length
 _HALF_EXPONENT = np.uint16(0x7C00)  # bits of an FP16, all set in a NaN or an infinity
 _LLM_TYPES = {tensor.name: DTYPES.get(tensor.datatype) for tensor in CALLED["llm"].inputs}
 
 
-def request(
-    model: str, tensors: Arrays, request_id: str = "", *, for_tensorrt_llm: bool = False
-) -> service_pb2.ModelInferRequest:
-    """Make a request. The first dimension of every tensor is the batch, if the model has one.
+def request(model: str, tensors: Arrays, request_id: str = "", *, for_tensorrt_llm: bool = False) -> bytes:
+    """Make a request and serialise it. The first dimension of every tensor is the batch, if the model has one.
 
     The LLM gives log probabilities only if `return_log_probs` is among the tensors, and those of the likeliest tokens
-    only if `num_top_log_probs` is. The models record their spans below
-    the current one.
+    only if `num_top_log_probs` is. The models record their spans below the current one.
+
+    Protobuf's own serialiser would copy the tensors three times, into memory that grows meanwhile. Serialised messages
+    may be joined (protobuf.dev/programming-guides/encoding, section Last One Wins), so each is copied once.
     """
-    inputs, contents = [], []
+    inputs: list[service_pb2.ModelInferRequest.InferInputTensor] = []
+    contents: list[bytes | memoryview] = []
     for name, array in tensors.items():
         datatype = DATATYPES[array.dtype]
         inputs.append(service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=array.shape))
-        contents.append(array.tobytes() if array.dtype != np.object_ else _strings(array))
-    request = service_pb2.ModelInferRequest(
-        model_name=model,
-        id=request_id,
-        inputs=inputs,
-        raw_input_contents=contents,
-        outputs=_wanted(model, tensors, for_tensorrt_llm),
+        content = memoryview(_strings(array)) if array.dtype == np.object_ else np.ascontiguousarray(array).data
+        contents += [_CONTENT_TAG, _varint(content.nbytes), content]
+    head = service_pb2.ModelInferRequest(
+        model_name=model, id=request_id, inputs=inputs, outputs=_wanted(model, tensors, for_tensorrt_llm)
     )
     if CALLED[model].decoupled:
         # Without this parameter Triton drops an empty last response, and with it the end of the stream.
-        request.parameters["triton_enable_empty_final_response"].bool_param = True
+        head.parameters["triton_enable_empty_final_response"].bool_param = True
     if span := traceparent():
-        request.parameters[TRACEPARENT].string_param = span
+        head.parameters[TRACEPARENT].string_param = span
     if (payer := current.get()) != NOBODY:
-        request.parameters[PAYER].string_param = str(payer)
-    return request
+        head.parameters[PAYER].string_param = str(payer)
+    return b"".join([head.SerializeToString(), *contents])
 
 
-def message(model: str, tensors: Arrays) -> bytes:
-    """Make a request and serialise it."""
-    wire: bytes = request(model, tensors).SerializeToString()
-    return wire
+def _varint(number: int) -> bytes:
+    """Write a length as protobuf does: seven bits a byte, the lowest first."""
+    written = bytearray()
+    while number > 0x7F:
+        written.append(number & 0x7F | 0x80)
+        number >>= 7
+    written.append(number)
+    return bytes(written)
 
 
-def clip_message(frames: Sequence[VisionFeatures], times: Sequence[float], question: Question, budget: Budget) -> bytes:
+def clip_request(frames: Sequence[VisionFeatures], times: Sequence[float], question: Question, budget: Budget) -> bytes:
     """Make and serialise a request for `attend_clip`. It takes tens of milliseconds: use a thread."""
     tensors: dict[str, npt.NDArray[Any]] = {
         "features": np.stack([dense(frame.features) for frame in frames]),
@@ -77,7 +81,7 @@ def clip_message(frames: Sequence[VisionFeatures], times: Sequence[float], quest
         "question_mask": question.mask,
         "clip_budget": np.array(budget.vision_tokens, np.int32),
     }
-    return message("attend_clip", tensors)
+    return request("attend_clip", tensors)
 
 
 def _wanted(

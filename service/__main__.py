@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from service.logs import configure_log, stream_to, tell
 from service.settings import SettingsError, read_settings
+from service.system.heap import GATEWAY
 from service.system.output import Output
 from service.triton_server.installation import StartFailed
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 def main(scheduling: type[Scheduler] | None = None) -> int:
     """Serve. Exit status: 0 after SIGINT or SIGTERM, 1 if the service cannot run, 2 for wrong settings."""
+    GATEWAY.take()
     output = Output()
     try:
         settings = read_settings()

@@ -26,6 +26,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -188,15 +189,21 @@ class Calibration:
     several: Logistic | None = None  # of SEVERAL_SIGNALS; None: such answers have no confidence
     shifts: Shifts = NO_SHIFTS  # of `right`
     digest: str = field(init=False)  # of what decides strangeness
+    _known: WeakKeyDictionary[VisionFeatures, float] = field(init=False, default_factory=WeakKeyDictionary)
 
     def __post_init__(self) -> None:
         told = blake3(self.centre.tobytes() + self.scale.tobytes()).hexdigest(16)
         object.__setattr__(self, "digest", told)
 
     def strangeness(self, vision: VisionFeatures) -> float:
-        """Measure how far an image is from the familiar ones: the logarithm of the mean squared z-score."""
-        away = (summary(vision) - self.centre) / self.scale
-        return math.log(float(np.dot(away, away)) / away.size + 1e-9)
+        """Measure how far an image is from the familiar ones: the logarithm of the mean squared z-score.
+
+        It is measured once for as long as these features are cached, since every question about them asks for it.
+        """
+        if (known := self._known.get(vision)) is None:
+            away = (summary(vision) - self.centre) / self.scale
+            self._known[vision] = known = math.log(float(np.dot(away, away)) / away.size + 1e-9)
+        return known
 
     def confidence(self, signals: Signals) -> Confidence:
         familiar = self.familiar.of([signals.strangeness])

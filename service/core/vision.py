@@ -66,7 +66,7 @@ def dense(rows: FloatArray | Int8Rows) -> FloatArray:
     return rows.dense() if isinstance(rows, Int8Rows) else rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class VisionFeatures:
     """The vision encoder's output for one image. The feature cache keeps it exactly, or as int8."""
 

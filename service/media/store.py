@@ -8,12 +8,13 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Container
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 from blake3 import blake3
 
 from service.core.latest import Latest
-from service.media.header import header_size
+from service.media.header import header_size, upright_size
 from service.settings import IMAGE_ENTRY_BYTES
 
 PAGE_MARK = ".p"  # in a digest, before the page's number
@@ -22,7 +23,7 @@ MOST_DELETED = 20_000  # ids that are remembered as deleted; what is on its way 
 MOST_NAMES = 100_000  # ids of contents that are remembered; beyond them, a content that is sent again has a new id
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Image:
     """An image as it was sent, or one page of it."""
 
@@ -43,6 +44,11 @@ class Image:
     def file(self) -> Self:
         """Return the image as it was sent."""
         return self if self.page == 1 else replace(self, digest=self.digest.partition(PAGE_MARK)[0], page=1)
+
+    @cached_property
+    def upright_size(self) -> tuple[int, int] | None:
+        """Return its width and height: see `header.upright_size`. Every question about an image in memory asks."""
+        return upright_size(self.data, self.page)
 
     def larger_than(self, size: int) -> bool:
         """Whether a side has more pixels; true if the header does not say."""

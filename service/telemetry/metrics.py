@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Self, cast
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import prometheus_client
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.process_collector import ProcessCollector
 
 from service.core.errors import BATCH_WAIT, SHORT_DEADLINE, error_codes
@@ -38,6 +41,26 @@ SECONDS = (
 TOKENS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 400)
 EVENNESS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 1.0)
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+class _Labelled(MetricWrapperBase):
+    """Find a series that exists by one lookup. A question needs twenty, and the library checks and locks for each."""
+
+    def labels(self, *values: object, **named: object) -> Self:
+        known = cast(dict[tuple[object, ...], Self], self._metrics).get(values)
+        return super().labels(*values, **named) if known is None else known
+
+
+class Counter(_Labelled, prometheus_client.Counter):
+    pass
+
+
+class Gauge(_Labelled, prometheus_client.Gauge):
+    pass
+
+
+class Histogram(_Labelled, prometheus_client.Histogram):
+    pass
 
 
 class Metrics:

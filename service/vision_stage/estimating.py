@@ -23,7 +23,7 @@ from service.media.clip_header import clip_cost, require_clip, told_of
 from service.media.decoder import ImageLimits, require_bytes, require_size
 from service.media.foreign import found_in
 from service.media.formats import SENT
-from service.media.header import header_size, require_page, upright_size
+from service.media.header import header_size, require_page
 from service.media.store import Image, LoadedClip
 from service.text.prompt import PromptBuilder
 from service.vision_stage import decoding_cost
@@ -92,7 +92,7 @@ class Estimator:
         if size is not None:
             require_size(*size, self.limits)
         width, height = size or (None, None)
-        upright = upright_size(image.data, image.page) or self.page_sizes.get(image.digest)
+        upright = image.upright_size or self.page_sizes.get(image.digest)
         fit, colour = request.fit or self.card.fit, self.card.pad_colour
         viewport = None if upright is None else fitting(*upright, fit, colour).viewport
         known = self.features.holds(first_view(self.card.fingerprint, viewed(image.digest, viewport)))

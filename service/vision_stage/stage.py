@@ -38,7 +38,7 @@ from service.core.vision import (
 )
 from service.media.decoder import Decoded
 from service.media.formats import reads_as_pdf
-from service.media.header import require_page, upright_size
+from service.media.header import require_page
 from service.media.store import Image, LoadedClip
 from service.record.ticket import Ticket
 from service.vision_stage.clip_stage import ClipStage, Stage
@@ -160,7 +160,7 @@ class VisionStage(Stage):
             known = self.pixels.page_sizes.get(image.digest)
             size = known or await self._measure(look, ticket)
         else:
-            size = upright_size(image.data, image.page)
+            size = image.upright_size
         if size is not None:
             look.viewport, look.tiles = fitting(*size, fit, self.card.pad_colour)
 

@@ -24,7 +24,7 @@ from service.pipeline import Reservation
 
 TELLING_S = 5.0  # for a caller to take the event that says why its stream ends
 
-DONE: Message = {"type": "http.response.body", "body": b"data: [DONE]\n\n"}
+DONE = b"data: [DONE]\n\n"
 
 Parsed = TypeVar("Parsed")
 
@@ -99,23 +99,30 @@ class EventStream(Response):
                 await self.send_error(error, send)
 
     async def send_events(self, send: Send) -> None:
-        """Send all events. Raises GlimpseError."""
+        """Send all events. The last ones go in one write with [DONE], once the request is over. Raises GlimpseError."""
+        last = b""
         with self.asked.naming():
             async with aclosing(self.edge.pipeline.answer(self.asked.request, self.asked.reservation)) as events:
                 async for event in events:
-                    if not self.started:
-                        await send(start_of_stream("text/event-stream; charset=utf-8"))
-                        self.started = True
-                    await send(self.data(*self.written(event)))
-        await send(DONE)
+                    if isinstance(event, Finished):
+                        last = told(self.written(event))
+                    else:
+                        await self.send_some(told(self.written(event)), send)
+        await self.send_some(last + DONE, send, is_last=True)
+
+    async def send_some(self, body: bytes, send: Send, *, is_last: bool = False) -> None:
+        if not self.started:
+            await send(start_of_stream("text/event-stream; charset=utf-8"))
+            self.started = True
+        await send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
     async def send_error(self, error: GlimpseError, send: Send) -> None:
         """Send the last events. A caller that does not read them is not waited for."""
         with suppress(TimeoutError):
             async with asyncio.timeout(TELLING_S):
-                await send(self.data(ErrorBody.of(error).model_dump_json().encode()))
-                await send(DONE)
+                await self.send_some(told([ErrorBody.of(error).model_dump_json().encode()]) + DONE, send, is_last=True)
 
-    def data(self, *events: bytes) -> Message:
-        body = b"".join(b"data: " + json + b"\n\n" for json in events)
-        return {"type": "http.response.body", "body": body, "more_body": True}
+
+def told(events: Iterable[bytes]) -> bytes:
+    """Write events, given as JSON, as server-sent events."""
+    return b"".join(b"data: " + json + b"\n\n" for json in events)

@@ -66,6 +66,10 @@ def test_what_the_operator_sets_is_left(monkeypatch: pytest.MonkeyPatch):
     assert TRITON.environment()["MALLOC_ARENA_MAX"] == "7"
 
 
+def test_what_the_operator_sets_is_left_by_a_process_too():
+    assert resident_mb(takes=True, MALLOC_MMAP_THRESHOLD_="33554432", MALLOC_TRIM_THRESHOLD_="536870912") > 70
+
+
 def test_an_environment_names_all_of_a_heap():
     assert Heap(mapped_from_bytes=1, kept_bytes=2, arenas=3).environment() == {
         "MALLOC_MMAP_THRESHOLD_": "1",

@@ -155,3 +155,15 @@ def test_what_a_gateway_without_keys_and_variants_need_not_read_counts_as_read()
     """Alerts tell of a 0."""
     told = {family.name: [each.value for each in family.samples] for family in Metrics().registry.collect()}
     assert told["glimpse_keys_readable"] == told["glimpse_variants_readable"] == [1.0]
+
+
+def test_a_series_is_found_by_its_labels_and_made_anew_after_its_removal():
+    metrics = Metrics()
+    metrics.requests.labels("ok", "left").inc()
+    assert metrics.requests.labels("ok", "left") is metrics.requests.labels(outcome="ok", variant="left")
+    metrics.end_variant("left")
+    assert b'variant="left"' not in generate_latest(metrics.registry)
+    metrics.requests.labels("ok", "left").inc(2)
+    assert b'glimpse_requests_total{outcome="ok",variant="left"} 2.0' in generate_latest(metrics.registry)
+    with pytest.raises(ValueError, match="label count"):
+        metrics.requests.labels("ok")

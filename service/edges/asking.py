@@ -98,9 +98,9 @@ class Fields:
 def to_request(fields: Fields, card: ModelCard, limits: QuestionLimits, caller: Caller = NOBODY) -> Request:
     """Check the fields against each other, the limits and the model. Raises InvalidRequest."""
     front = _in_front(fields)
-    parts, exchanges, system = _stripped(fields.parts), _exchanges(fields), _system(fields, card)
+    parts, exchanges, system = _stripped(fields.parts), _exchanges(fields), fields.system.strip()
     _require_text(text_of(parts), exchanges, system, limits.max_question_chars)
-    _require_likeliest(fields, card)
+    _require_likeliest(fields)
     if exchanges:
         first, *others = exchanges
         exchanges = (replace(first, parts=(*front, *first.parts)), *others)
@@ -266,13 +266,6 @@ def _exchanges(fields: Fields) -> tuple[Exchange, ...]:
     return exchanges
 
 
-def _system(fields: Fields, card: ModelCard) -> str:
-    system = fields.system.strip()
-    if system and not card.system_template:
-        raise InvalidRequest(f"{card.name} has no place for a system message: put it into the question", param="system")
-    return system
-
-
 def _require_text(question: str, exchanges: tuple[Exchange, ...], system: str, max_chars: int) -> None:
     if not question:
         raise InvalidRequest("question is empty: say what you want to know", param="question")
@@ -287,15 +280,9 @@ def _require_text(question: str, exchanges: tuple[Exchange, ...], system: str, m
         raise InvalidRequest(f"question has {count}: shorten it", param="question")
 
 
-def _require_likeliest(fields: Fields, card: ModelCard) -> None:
+def _require_likeliest(fields: Fields) -> None:
     if fields.top_log_probs and not fields.log_probs:
         raise InvalidRequest("top_logprobs needs logprobs: set logprobs to true", param="top_logprobs")
-    if fields.top_log_probs and not card.top_log_probs:
-        raise InvalidRequest(
-            f"the server of {card.name} tells no likeliest tokens: leave top_logprobs out",
-            param="top_logprobs",
-            code="top_logprobs_not_supported",
-        )
 
 
 def _timeout_s(fields: Fields, limits: QuestionLimits) -> float:

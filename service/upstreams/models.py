@@ -68,6 +68,16 @@ class Model:
         budget, card = request.budget, self.card
         if request.clip is not None:
             self._check_clip(request, request.clip)
+        if request.system and not card.system_template:
+            raise InvalidRequest(
+                f"{card.name} has no place for a system message: put it into the question", param="system"
+            )
+        if request.sampling.top_log_probs and not card.top_log_probs:
+            raise InvalidRequest(
+                f"the server of {card.name} tells no likeliest tokens: leave top_logprobs out",
+                param="top_logprobs",
+                code="top_logprobs_not_supported",
+            )
         if request.detail == "high" and not card.closer_view:
             raise InvalidRequest(
                 f'{card.name} has no closer view: leave detail out, or ask for "low" or "auto"',

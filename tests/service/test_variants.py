@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -360,6 +361,26 @@ async def test_a_least_confidence_is_asked_of_a_variant_that_is_calibrated(split
     for session in (session_of(split, "stable"), session_of(split, "next")):
         answer = await http.post("/v1/vqa", **form, headers={"x-session-id": session})
         assert (answer.status_code, answer.json()["variant"], answer.json()["abstained"]) == (200, "next", False)
+
+
+async def test_a_system_message_and_likeliest_tokens_are_asked_of_a_variant_that_has_them(split, http):
+    plain = {"system_template": "", "top_log_probs": 0}
+    split.pipeline.models.models = [split.variant("stable", 5, **plain), split.variant("next", 5)]
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png()).decode()}"}}
+    user = {"role": "user", "content": [image, {"type": "text", "text": "what?"}]}
+    brief = {"model": "glimpse", "messages": [{"role": "system", "content": "be brief"}, user]}
+    likeliest = {"model": "glimpse", "messages": [user], "logprobs": True, "top_logprobs": 2}
+    for body in (brief, likeliest):
+        for session in (session_of(split, "stable"), session_of(split, "next")):
+            answer = await http.post("/v1/chat/completions", json=body, headers={"x-session-id": session})
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"] == "tiny-next"
+    split.pipeline.models.models = [split.variant("stable", 5, **plain)]
+    answer = await http.post("/v1/chat/completions", json=brief)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages.0.content")
+    assert "has no place for a system message" in answer.json()["error"]["message"]
+    error = (await http.post("/v1/chat/completions", json=likeliest)).json()["error"]
+    assert (error["param"], error["code"]) == ("top_logprobs", "top_logprobs_not_supported")
 
 
 async def test_a_service_without_variants_does_not_speak_of_one():

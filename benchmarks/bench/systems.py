@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -235,8 +236,11 @@ def process(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command in its own session.
 
-    At the end it gets SIGTERM. After STOP_S it gets SIGKILL. Descendants that remain in its session are killed.
+    At the end it gets SIGTERM. After STOP_S it gets SIGKILL. Descendants that remain in its session are killed. A
+    SIGTERM to the benchmark is such an end too.
     """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with log.open("wb") as output:
         started = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +46,22 @@ def test_decoding_is_told_apart_from_the_gateways_own_time():
     found = fit([Spent(tokens, 5.0 + 0.1 * tokens, 2.0, 1.0) for tokens in (1.0, 6.0, 12.0)])
     assert (found["ms_a_request"], found["ms_a_token"]) == (5.0, 0.1)
     assert (found["decoder_ms_a_request"], found["triton_ms_a_request"]) == (2.0, 1.0)
+
+
+def test_a_benchmark_that_is_told_to_end_ends_what_it_started(tmp_path: Path):
+    program = """
+import sys, time
+from pathlib import Path
+from benchmarks.bench.systems import process
+
+with process(["sleep", "600"], Path(sys.argv[1])) as started:
+    print(started.pid, flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as benchmark:
+        pid = int(benchmark.stdout.readline())
+        benchmark.terminate()
+        assert benchmark.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

@@ -45,6 +45,7 @@ def train(plan: Plan, stages: Sequence[str], threads: int) -> None:
             f"{', '.join(later)}: one process, so that each step has half of the usual batch. "
             "--threads 2 on a CPU gives the whole"
         )
+    set_threads(threads)
     _side_by_side(plan, [stage for stage in stages if stage in ALONE], threads)
     for stage in later:
         run_replicas(STAGES[stage], plan, processes(plan, stage, threads))
@@ -67,7 +68,6 @@ def _side_by_side(plan: Plan, stages: list[str], threads: int) -> None:
     each = max(1, threads // max(1, len(stages)))
     if len(stages) < 2 or threads < 2 or plan.tiny:
         for stage in stages:
-            set_threads(threads)
             STAGES[stage](plan)
         return
     context = multiprocessing.get_context("spawn")

@@ -113,7 +113,6 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
             f"raise it to at least {card.max_positions}"
         )
     access = Access.choose(Ports(settings.triton_grpc_port, settings.triton_metrics_port))
-    metrics.model_info.labels(model=card.name, precision=card.precision).set(1)
     client = TritonClient(access.url, access.url, access.metadata, card.text_type)
     image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
     reader = WorkerReader(image_limits, settings.decode_workers, settings.decode_cpu_s, metrics.costs.decoded)
@@ -140,6 +139,7 @@ def build(settings: Settings, scheduling: type[Scheduler] = Scheduler) -> App:
         traces=traces,
     )
     if fleet is None:
+        metrics.model_info.labels(card.name, card.precision).set(1)
         models.models = [pipeline.model(client, client, card, repository.prompts, spelled=repository.spelled)]
     else:
         fleet.begin(partial(model_of, pipeline, shared), admission.llm_tokens)

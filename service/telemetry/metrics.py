@@ -80,7 +80,7 @@ class Metrics:
             "outcome",
             "variant",
         )
-        self.model_info = self._gauge("model_info", "1 for the served model and its precision.", "model", "precision")
+        self.model_info = self._gauge("model_info", "1 for each served model and its precision.", "model", "precision")
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by method, route and status code.", "method", "route", "status"
         )

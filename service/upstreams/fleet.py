@@ -122,6 +122,7 @@ class Fleet:
         self._ending: list[Running] = []
         self._ended: dict[str, float] = {}  # when variants ended whose series are still there, by the monotonic clock
         self._called: set[str] = set()  # models that have a gauge
+        self._served: set[tuple[str, str]] = set()  # models and precisions that have a gauge
         metrics.ready.set_function(lambda: self.ready)
 
     def _read(self, variant: Variant) -> Running:
@@ -196,6 +197,12 @@ class Fleet:
         for name in self._called - called:
             self._metrics.model_ready.remove(name)
         self._called = called
+        served = {(card.name, card.precision) for card in self.cards}
+        for model in served - self._served:
+            self._metrics.model_info.labels(*model).set(1)
+        for model in self._served - served:
+            self._metrics.model_info.remove(*model)
+        self._served = served
 
     def _answers(self, name: str) -> bool:
         """Whether a model answers in any variant."""

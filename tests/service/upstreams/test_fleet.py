@@ -156,19 +156,23 @@ async def test_a_gauge_tells_of_the_models_that_a_variant_in_use_calls_and_of_no
     def gauges() -> list[float | None]:
         return [sample(fleet._metrics, "glimpse_model_ready", {"model": name}) for name in both]
 
+    def served() -> list[float | None]:
+        labels = ({"model": name, "precision": card["precision"]} for name in ("plain", card["name"]))
+        return [sample(fleet._metrics, "glimpse_model_info", each) for each in labels]
+
     shutil.copytree(repository, plain)
-    card = json.loads((plain / "card.json").read_text())
-    (plain / "card.json").write_text(json.dumps(card | {"closer_view": False}))
+    card = {"precision": "fp32"} | json.loads((plain / "card.json").read_text())
+    (plain / "card.json").write_text(json.dumps(card | {"name": "plain", "closer_view": False}))
     store = VariantsFile(tmp_path / "variants.json")
     await store.change(lambda _: Variants({"stable": variant("stable", plain)}))
     async with running(store) as fleet:
-        assert gauges() == [None, 1]
+        assert (gauges(), served()) == ([None, 1], [1, None])
         await store.change(lambda before: before.added(variant("next", repository)))
         await until(lambda: fleet.names == ["stable", "next"])
-        assert gauges() == [1, 1]
+        assert (gauges(), served()) == ([1, 1], [1, 1])
         await store.change(lambda before: before.without("next"))
         await until(lambda: fleet.names == ["stable"])
-        assert gauges() == [None, 1]
+        assert (gauges(), served()) == ([None, 1], [1, None])
 
 
 async def test_a_fault_of_our_own_ends_no_fleet(

@@ -3,7 +3,7 @@
 Each is a logistic regression of a few signals (service/core/confidence.py), with an L2 penalty on standardised
 signals. Every group of questions has a weight of its own, so that no split is calibrated at the cost of
 another: their questions cannot be told apart when they are asked. Frequent words of the questions, and frequent
-answers, are signals of `right` too, with a penalty of their own.
+answers, are signals of `right` too, with a penalty of their own. So is what the map shows against what the answer says.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from service.core.confidence import (
     Words,
     found_signals,
     plain_answer,
+    shown_signals,
     words_of,
 )
 
@@ -100,8 +101,8 @@ def fitted(material: Sequence[Asked], words: Words, about: Mapping[str, object])
             "questions": dict(Counter(each.task.group for each in outcomes)),
         },
     )
-    right, shifts = _right(calibration, outcomes)
-    return replace(calibration, right=right, shifts=shifts)
+    right, shown, shifts = _right(calibration, outcomes)
+    return replace(calibration, right=right, shown=shown, shifts=shifts)
 
 
 def strangeness(
@@ -141,9 +142,13 @@ def frequent(outcomes: Sequence[Outcome]) -> tuple[list[str], list[str]]:
     return most(words), most(answers)
 
 
-def _right(calibration: Calibration, outcomes: Sequence[Outcome]) -> tuple[Logistic, Shifts]:
-    """Fit on all answers. None about an out-of-distribution image or an absent object is right."""
+def _right(calibration: Calibration, outcomes: Sequence[Outcome]) -> tuple[Logistic, Logistic, Shifts]:
+    """Fit `right`, `shown` and `shifts` together, on all answers.
+
+    None about an out-of-distribution image or an absent object is right.
+    """
     plain = np.array([calibration.right_signals(each.signals) for each in outcomes])
+    shown = np.array([shown_signals(each.signals, calibration.words) for each in outcomes])
     words, answers = frequent(outcomes)
     has = np.array(
         [
@@ -155,13 +160,16 @@ def _right(calibration: Calibration, outcomes: Sequence[Outcome]) -> tuple[Logis
     ).reshape(len(outcomes), -1)  # fmt: skip
     odds = plain[:, RIGHT_SIGNALS.index("log_odds"), np.newaxis]
     weights = np.array([WEIGHTS.get(each.task.group, 1.0) for each in outcomes])
-    penalties = np.repeat([PENALTY, WORD_PENALTY], [plain.shape[1], 2 * has.shape[1]])
+    smooth = np.hstack([plain, shown])
+    penalties = np.repeat([PENALTY, WORD_PENALTY], [smooth.shape[1], 2 * has.shape[1]])
     labels = np.array([each.right for each in outcomes])
-    found = regression(np.hstack([plain, has, has * odds]), labels, weights, penalties=penalties)
-    right, offsets, slopes = np.split(found.weights, np.cumsum([plain.shape[1], has.shape[1]]))
+    found = regression(np.hstack([smooth, has, has * odds]), labels, weights, penalties=penalties)
+    ends = np.cumsum([plain.shape[1], shown.shape[1], has.shape[1]])
+    right, of_shown, offsets, slopes = np.split(found.weights, ends)
     shifts = [(round(float(a), 5), round(float(b), 5)) for a, b in zip(offsets, slopes, strict=True)]
     return (
         Logistic(tuple(right.tolist()), found.bias),
+        Logistic(tuple(of_shown.tolist()), 0.0),
         Shifts(dict(zip(words, shifts, strict=False)), dict(zip(answers, shifts[len(words) :], strict=True))),
     )
 

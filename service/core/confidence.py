@@ -7,7 +7,8 @@ Three probabilities, each a logistic regression of a few smooth signals:
     if the question asks for presence ("is there", "how many").
   - `right`: the answer is right. Its signals are the LLM's own probability of the answer, the mean of the participatory
     map, `particularize`, whether the closer view was used, and the logarithms of the other two. Words of the question,
-    and the answer itself, shift it: a model may be as sure of a count as of a colour, and be wrong more often.
+    and the answer itself, shift it: a model may be as sure of a count as of a colour, and be wrong more often. So does
+    the participatory map, if the question asks for presence: it may show more than the answer says, or less.
 
 The confidence is `right`, in proportion less if one of the other two is below HALF. A question for presence may have a
 right answer about an absent object, so `found` is left out there.
@@ -37,6 +38,7 @@ from service.core.vision import Seen, VisionFeatures, dense
 Reason = Literal["not_found", "unsure", "unfamiliar_image"]
 
 HALF = 0.5  # below it an image is rather out of distribution, or an object rather absent: no answer can be trusted
+AREA_ABOVE = 0.9  # of the participatory map: what has all that the question names; 0.6 to 0.8 has a part of it
 TINY = 1e-6  # added to a probability before its logarithm
 LEAST, MOST = 0.01, 0.9999  # of a probability whose log odds are taken
 SPREAD = 1e-3  # added to a standard deviation before its logarithm
@@ -47,6 +49,9 @@ PLAIN_SIGNALS = (
 )
 RIGHT_SIGNALS = (*PLAIN_SIGNALS, "log_familiar", "log_found")
 SEVERAL_SIGNALS = ("log_odds", "log_odds_squared", "clip", "log_odds_clip")
+# Of an answer to a question for presence that names something. less, more: the answer counts fewer, or more, than
+# the areas that the participatory map shows.
+SHOWN_SIGNALS = ("peak_denied", "peak_affirmed", "denied", "less", "more")
 FOUND_SIGNALS = ("peak", "denied", "affirmed", "log_odds_denied", "log_odds_affirmed", "log_odds_other")
 
 
@@ -59,7 +64,10 @@ class Logistic:
 
     def of(self, signals: Sequence[float], shift: float = 0.0) -> float:
         """The probability for these signals; `shift` is added to its log odds."""
-        return _probability(math.fsum(w * s for w, s in zip(self.weights, signals, strict=True)) + self.bias + shift)
+        return _probability(self.log_odds(signals) + shift)
+
+    def log_odds(self, signals: Sequence[float]) -> float:
+        return math.fsum(w * s for w, s in zip(self.weights, signals, strict=True)) + self.bias
 
     @classmethod
     def from_json(cls, told: object, signals: int) -> Self:
@@ -112,6 +120,7 @@ class Shifts:
 
 
 NO_SHIFTS = Shifts({}, {})
+NOTHING_SHOWN = Logistic((0.0,) * len(SHOWN_SIGNALS), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +158,7 @@ class Signals:
     particularize: float
     closer: bool
     strangeness: float
+    areas: int  # that the participatory map shows, of all images
 
     @classmethod
     def of(cls, question: str, answer: str, log_prob: float, seen: Sequence[Seen]) -> Self:
@@ -162,6 +172,7 @@ class Signals:
             particularize=max(each.relevance.particularize for each in seen),
             closer=any(each.detail == "high" for each in seen),
             strangeness=max(each.strangeness for each in seen),
+            areas=sum(map(areas, maps)),
         )
 
 
@@ -188,6 +199,7 @@ class Calibration:
     fitted_on: Mapping[str, object]  # numbers of questions and images, for people
     several: Logistic | None = None  # of SEVERAL_SIGNALS; None: such answers have no confidence
     shifts: Shifts = NO_SHIFTS  # of `right`
+    shown: Logistic = NOTHING_SHOWN  # of SHOWN_SIGNALS; its log odds are added to those of `right`
     digest: str = field(init=False)  # of what decides strangeness
     _known: WeakKeyDictionary[VisionFeatures, float] = field(init=False, default_factory=WeakKeyDictionary)
 
@@ -209,7 +221,7 @@ class Calibration:
         familiar = self.familiar.of([signals.strangeness])
         found = self.found.of(found_signals(signals, self.words))
         is_named, is_supposed = self.words.name_something(signals.question), self.words.suppose(signals.question)
-        plain, shift = plain_signals(signals), self.shifts.of(signals)
+        plain, shift = plain_signals(signals), self.shift(signals)
         doubts: dict[Reason, float] = {
             "unfamiliar_image": familiar,
             "unsure": self.right.of((*plain, 0.0, 0.0), shift),
@@ -239,6 +251,10 @@ class Calibration:
             weakest="unfamiliar_image" if familiar < right else "unsure",
         )
 
+    def shift(self, signals: Signals) -> float:
+        """What the words, and what the map shows, add to the log odds of a right answer."""
+        return self.shifts.of(signals) + self.shown.log_odds(shown_signals(signals, self.words))
+
     def right_signals(self, signals: Signals) -> tuple[float, ...]:
         """RIGHT_SIGNALS of an answer."""
         familiar = self.familiar.of([signals.strangeness])
@@ -249,7 +265,7 @@ class Calibration:
     def from_json(cls, told: object, vision_width: int) -> Self:
         """Read the field `confidence` of a card. Raises ValueError, which says what is wrong."""
         names = {each.name for each in fields(cls) if each.init}
-        if not isinstance(told, Mapping) or set(told) | {"several", "shifts"} != names:
+        if not isinstance(told, Mapping) or set(told) | {"several", "shifts", "shown"} != names:
             raise ValueError(f"confidence does not have exactly the fields {', '.join(sorted(names))}")
         centre, scale = (_array(told[name], 3 * vision_width, name) for name in ("centre", "scale"))
         if (scale <= 0).any():
@@ -266,6 +282,7 @@ class Calibration:
                 dict(told["fitted_on"]),
                 Logistic.from_json(several, len(SEVERAL_SIGNALS)) if (several := told.get("several")) else None,
                 Shifts.from_json(shifts) if (shifts := told.get("shifts")) else NO_SHIFTS,
+                Logistic.from_json(shown, len(SHOWN_SIGNALS)) if (shown := told.get("shown")) else NOTHING_SHOWN,
             )
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError(f"confidence is not a calibration: {exc!r}") from exc
@@ -291,6 +308,7 @@ class Calibration:
                     ("found", self.found),
                     ("right", self.right),
                     ("several", self.several),
+                    ("shown", self.shown),
                 )
             },
             "words": {
@@ -341,6 +359,33 @@ def found_signals(signals: Signals, words: Words) -> tuple[float, ...]:
     denied = float(presence and words.deny(signals.answer))
     affirmed = float(presence) - denied
     return (_log_odds(signals.peak), denied, affirmed, odds * denied, odds * affirmed, odds * (1 - presence))
+
+
+def shown_signals(signals: Signals, words: Words) -> tuple[float, ...]:
+    """SHOWN_SIGNALS of an answer. All are 0 unless the question asks for the presence of something that it names."""
+    if not (words.name_something(signals.question) and words.ask_for_presence(signals.question)):
+        return (0.0,) * len(SHOWN_SIGNALS)
+    peak, denied, answer = _log_odds(signals.peak), float(words.deny(signals.answer)), plain_answer(signals.answer)
+    counted = int(answer) if re.fullmatch("[0-9]{1,3}", answer) else signals.areas
+    less, more = float(counted < signals.areas), float(counted > signals.areas)
+    return (peak * denied, peak * (1 - denied), denied, less, more)
+
+
+def areas(scores: npt.NDArray[np.floating]) -> int:
+    """Count the separate areas of a map [rows, columns] above AREA_ABOVE. Patches of one area touch along sides."""
+    shown = np.zeros((scores.shape[0], scores.shape[1] + 1), bool)  # an empty column divides a row from the next one
+    shown[:, :-1] = scores > AREA_ABOVE
+    width = shown.shape[1]
+    left = int.from_bytes(np.packbits(shown, bitorder="little").tobytes(), "little")  # one bit a patch
+    number = 0
+    while left:
+        number += 1
+        area, before = left & -left, 0
+        while area != before:
+            before = area
+            area |= left & (area << 1 | area >> 1 | area << width | area >> width)
+        left ^= area
+    return number
 
 
 def words_of(question: str) -> set[str]:

@@ -266,7 +266,7 @@ def test_only_an_unfinished_line_is_cut_off_what_is_kept(tmp_path: Path) -> None
     card = ModelCard.from_json((REPOSITORY / "card.json").read_text())
     budget, path = budget_of(card, closely=False), tmp_path / "kept.jsonl"
     picture = Picture(b"1", [Task(0, "all", "what?", "red", None, ("crimson",))])
-    signals = Signals("what?", "red", -0.1, 0.5, 0.5, 0.5, False, 0.0)
+    signals = Signals("what?", "red", -0.1, 0.5, 0.5, 0.5, False, 0.0, 1)
     asked = Asked(np.zeros(3, np.float32), [Outcome(picture.tasks[0], signals, right=True)])
     with Kept(path) as kept:
         kept.put(picture, budget, asked)

@@ -19,7 +19,7 @@ def outcome(rng: np.random.Generator, group: str = "new") -> Outcome:
     probability = float(rng.uniform(0.3, 1.0))
     absent = group == ABSENT
     peak = float(rng.uniform(0.0, 0.3) if absent else rng.uniform(0.7, 1.0))
-    signals = Signals("what colour is the star?", "red", math.log(probability), peak, 0.1, 0.2, False, 0.0)
+    signals = Signals("what colour is the star?", "red", math.log(probability), peak, 0.1, 0.2, False, 0.0, 1)
     return Outcome(
         Task(0, group, signals.question, "red", not absent), signals, not absent and rng.random() < probability
     )
@@ -51,9 +51,9 @@ def test_the_fitted_confidence_is_how_often_answers_are_right():
     assert calibration.fitted_on["images"] == 200
     assert calibration.fitted_on["weights"] == "w"
     for probability in (0.5, 0.9):
-        signals = Signals("what colour is the star?", "red", math.log(probability), 0.9, 0.1, 0.2, False, 0.0)
+        signals = Signals("what colour is the star?", "red", math.log(probability), 0.9, 0.1, 0.2, False, 0.0, 1)
         assert calibration.confidence(signals).value == pytest.approx(probability, abs=0.06)
-    absent = Signals("what colour is the star?", "red", math.log(0.9), 0.1, 0.1, 0.2, False, 0.0)
+    absent = Signals("what colour is the star?", "red", math.log(0.9), 0.1, 0.1, 0.2, False, 0.0, 1)
     assert calibration.confidence(absent).value < 0.2
     assert calibration.confidence(absent).weakest == "not_found"
     own = [calibration.familiar.of([strangeness(each.summary, calibration.centre, calibration.scale)])
@@ -66,7 +66,7 @@ def test_kinds_of_questions_and_answers_have_their_own_share_of_right_ones():
     rng = np.random.default_rng(2)
 
     def said(question: str, answer: str, right: float) -> Outcome:
-        signals = Signals(question, answer, math.log(0.9), 0.9, 0.1, 0.2, False, 0.0)
+        signals = Signals(question, answer, math.log(0.9), 0.9, 0.1, 0.2, False, 0.0, 1)
         return Outcome(Task(0, "new", question, answer, True), signals, bool(rng.random() < right))
 
     kinds = [("what colour is the star?", "red", 0.95), ("how many stars are there?", "2", 0.7),
@@ -75,11 +75,31 @@ def test_kinds_of_questions_and_answers_have_their_own_share_of_right_ones():
     rare = Asked(rng.normal(0, 1, 12).astype(np.float32), [said("whence?", "there", 0.0)])
     calibration = fitted([*seen, rare], WORDS, {})
     for question, answer, right in kinds:
-        signals = Signals(question, answer, math.log(0.9), 0.9, 0.1, 0.2, False, 0.0)
+        signals = Signals(question, answer, math.log(0.9), 0.9, 0.1, 0.2, False, 0.0, 1)
         assert calibration.confidence(signals).value == pytest.approx(right, abs=0.08)
     assert set(calibration.shifts.answer) == {"red", "2", "5"}
     assert "whence" not in calibration.shifts.question
     assert calibration.shifts.question.keys() >= {"many", "colour"}
+
+
+def test_a_count_is_as_right_as_it_agrees_with_the_map():
+    """A model that is as sure of a count as the map shows as of another one, and mostly wrong if it shows more."""
+    rng = np.random.default_rng(3)
+    question = "how many stars are there?"
+
+    def signals(areas: int) -> Signals:
+        return Signals(question, "2", math.log(0.9), 0.9, 0.1, 0.2, False, 0.0, areas)
+
+    def said(areas: int, right: float) -> Outcome:
+        return Outcome(Task(0, "new", question, "2", True), signals(areas), bool(rng.random() < right))
+
+    shares = {2: 0.95, 3: 0.2, 1: 0.5}
+    seen = [
+        Asked(rng.normal(0, 1, 12).astype(np.float32), [said(*each) for each in shares.items()]) for _ in range(600)
+    ]
+    calibration = fitted(seen, WORDS, {})
+    for areas, right in shares.items():
+        assert calibration.confidence(signals(areas)).value == pytest.approx(right, abs=0.05)
 
 
 def test_too_few_wrong_answers_are_refused():

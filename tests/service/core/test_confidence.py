@@ -14,13 +14,17 @@ from service.core.card import ModelCard
 from service.core.confidence import (
     FOUND_SIGNALS,
     NO_SHIFTS,
+    NOTHING_SHOWN,
     RIGHT_SIGNALS,
+    SHOWN_SIGNALS,
     Calibration,
     Logistic,
     Shifts,
     Signals,
     Words,
+    areas,
     found_signals,
+    shown_signals,
     summary,
 )
 from service.core.request import Budget
@@ -29,7 +33,7 @@ from tests.support.calibrations import calibrated
 from tests.support.fakes import CARD
 
 WORDS = Words(frozenset({"star", "red"}), ("is there", "how many"), frozenset({"no", "0"}))
-ASKED = Signals("what colour is the star?", "red", -0.1, 0.9, 0.2, 0.3, False, 0.0)
+ASKED = Signals("what colour is the star?", "red", -0.1, 0.9, 0.2, 0.3, False, 0.0, 1)
 
 
 def features(rows: np.ndarray) -> VisionFeatures:
@@ -91,6 +95,9 @@ def test_several_images_count_as_the_most_relevant_and_the_least_familiar():
     told = Signals.of("what?", "red", -0.5, [seen(0.2, strangeness=2.0), seen(0.8, "high", strangeness=1.0)])
     assert (told.peak, told.particularize) == (pytest.approx(0.8), pytest.approx(0.8))
     assert (told.closer, told.strangeness, told.log_prob) == (True, 2.0, -0.5)
+    assert told.areas == 0
+    both = [seen(0.95), seen(0.95)]
+    assert Signals.of("what?", "red", -0.5, both).areas == 2
 
 
 @pytest.mark.parametrize(
@@ -127,6 +134,55 @@ def test_a_probability_is_finite_whatever_the_signals_are(value):
         assert 0 <= told.found <= 1
 
 
+@pytest.mark.parametrize(
+    ("drawn", "number"),
+    [
+        ("....", 0),
+        ("....,.#..,....", 1),
+        ("##..,...#,#..#", 3),
+        ("#...,.#..,..#.", 3),  # they touch at corners only
+        ("####,#..#,####", 1),
+        ("#..#,#..#,####", 1),
+        ("...#,#...", 2),  # the end of a row is not beside the start of the next one
+    ],
+)
+def test_areas_of_a_map_are_counted(drawn, number):
+    scores = np.array([[0.95 if patch == "#" else 0.8 for patch in row] for row in drawn.split(",")])
+    assert areas(scores) == number
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "shown", "expected"),
+    [
+        ("what colour is the star?", "2", 2, {}),
+        ("how many objects are there?", "2", 2, {}),
+        ("how many red stars?", "2", 2, {"peak_affirmed": 2.0}),
+        ("how many red stars?", " 2. ", 3, {"peak_affirmed": 2.0, "less": 1.0}),
+        ("how many red stars?", "2", 0, {"peak_affirmed": 2.0, "more": 1.0}),
+        ("how many red stars?", "0", 1, {"peak_denied": 2.0, "denied": 1.0, "less": 1.0}),
+        ("how many red stars?", "0", 0, {"peak_denied": 2.0, "denied": 1.0}),
+        ("is there a red star?", "no", 1, {"peak_denied": 2.0, "denied": 1.0}),
+        ("is there a red star?", "yes", 0, {"peak_affirmed": 2.0}),
+        ("how many red stars?", "\u00b2", 2, {"peak_affirmed": 2.0}),  # no number that can be read
+        ("how many red stars?", "9" * 5000, 2, {"peak_affirmed": 2.0}),
+    ],
+)
+def test_an_answer_is_compared_with_what_the_map_shows(question, answer, shown, expected):
+    signals = replace(ASKED, question=question, answer=answer, peak=1 / (1 + math.exp(-2)), areas=shown)
+    told = dict(zip(SHOWN_SIGNALS, shown_signals(signals, WORDS), strict=True))
+    assert told == pytest.approx(dict.fromkeys(SHOWN_SIGNALS, 0.0) | expected)
+
+
+def test_a_map_that_shows_more_than_the_answer_says_lowers_the_confidence():
+    weights = dict.fromkeys(SHOWN_SIGNALS, 0.0) | {"less": -3.0}
+    calibration = replace(calibrated(4), shown=Logistic(tuple(weights.values()), 0.0))
+    asked = replace(ASKED, question="how many red stars are there?", answer="1")
+    agreeing, contradicted = calibration.confidence(asked), calibration.confidence(replace(asked, areas=2))
+    odds = math.log(agreeing.value / (1 - agreeing.value))
+    assert contradicted.value == pytest.approx(1 / (1 + math.exp(3 - odds)))
+    assert contradicted.weakest == "unsure"
+
+
 SHIFTS = Shifts({"many": (-1.0, 0.5), "red": (0.25, 0.0)}, {"5": (0.0, -0.5)})
 
 
@@ -156,16 +212,18 @@ def test_words_that_lower_the_confidence_are_a_reason_to_be_unsure():
 
 
 def test_a_card_keeps_its_calibration():
-    card = replace(CARD, confidence=replace(calibrated(CARD.vision_width), shifts=SHIFTS))
+    shown = Logistic(tuple(0.5 * place for place in range(len(SHOWN_SIGNALS))), 0.0)
+    card = replace(CARD, confidence=replace(calibrated(CARD.vision_width), shifts=SHIFTS, shown=shown))
     again = ModelCard.from_json(card.to_json()).confidence
     assert again is not None
-    assert again.shifts == SHIFTS
+    assert (again.shifts, again.shown) == (SHIFTS, shown)
 
 
 def test_a_calibration_from_before_there_were_shifts_shifts_nothing():
     told = calibrated(4).to_json()
-    del told["shifts"]
-    assert Calibration.from_json(told, 4).shifts == NO_SHIFTS
+    del told["shifts"], told["shown"]
+    before = Calibration.from_json(told, 4)
+    assert (before.shifts, before.shown) == (NO_SHIFTS, NOTHING_SHOWN)
 
 
 def test_a_card_keeps_the_rest_of_its_calibration():
@@ -186,6 +244,7 @@ def test_a_card_keeps_the_rest_of_its_calibration():
         ("right", {"weights": [1.0], "bias": 0.0}, f"{len(RIGHT_SIGNALS)} signals"),
         ("found", {"weights": [math.nan] * len(FOUND_SIGNALS), "bias": 0.0}, "finite"),
         ("familiar", {"weights": [1.0]}, "weights and bias"),
+        ("shown", {"weights": [1.0], "bias": 0.0}, f"{len(SHOWN_SIGNALS)} signals"),
         ("words", {"names": []}, "presence"),
         ("fitted_on", 5, "not a calibration"),
         ("extra", 1, "fields"),

@@ -360,6 +360,53 @@ def test_a_caller_who_gave_up_while_waiting_is_never_prefilled():
     assert decoder.calls.count(("prefill", 1)) == 1
 
 
+def test_of_a_group_only_the_sequences_whose_callers_have_gone_end():
+    gone: list[Sequence] = []
+    batcher = Batcher(HistoryDecoder(max_rows=2), Limits(), lambda each: each in gone)
+    running = [sequence(1, name="stopped"), sequence(2, max_tokens=2)]
+    leaves, stays = sequence(3), sequence(4)
+    for each in (*running, leaves, stays):
+        batcher.submit(each)
+    batcher.iterate()
+    batcher.iterate()  # one row ends
+    gone.append(leaves)
+    batcher.stop("stopped")  # and the other one
+    events = batcher.iterate()
+    assert events[:2] == [ended(running[0]), ended(leaves)]
+    assert tokens_of(events + run(batcher), stays) == alone(4)
+
+
+def test_an_end_in_the_iteration_that_reads_on_is_told():
+    batcher = Batcher(HistoryDecoder(), Limits(max_prefill_tokens=4))
+    long, waiting = sequence(*range(9)), sequence(1, name="stopped")
+    for each in (long, waiting):
+        batcher.submit(each)
+    batcher.stop("stopped")
+    assert batcher.iterate() == [ended(waiting)]
+    assert batcher.read == [(long, 4)]
+
+
+def test_nothing_is_recalled_for_a_sequence_that_has_no_room_in_the_prefill():
+    """A recalled past is large."""
+    recalled: list[list[int]] = []
+
+    class Recalling(HistoryDecoder):
+        def recall(self, prompt: Prompt) -> np.ndarray:
+            recalled.append(prompt.input_ids.tolist())
+            return super().recall(prompt)
+
+    for limits, prompts, asked in (
+        (Limits(max_prefill_tokens=4), [[1, 2, 3, 4], [5]], 1),
+        (Limits(max_prefill_tokens=4), [[1, 2], [3, 4], [5, 6]], 2),
+    ):
+        recalled.clear()
+        batcher = Batcher(Recalling(), limits)
+        for prompt in prompts:
+            batcher.submit(sequence(*prompt))
+        batcher.iterate()
+        assert recalled == prompts[:asked]
+
+
 def test_callers_are_asked_every_few_tokens_whether_they_still_listen():
     asked = []
     batcher = Batcher(
@@ -371,19 +418,24 @@ def test_callers_are_asked_every_few_tokens_whether_they_still_listen():
     assert asked == [one, one]  # after 4 and 8 tokens
 
 
-def test_a_failed_prefill_fails_the_faulty_request_and_not_its_group():
+@pytest.mark.parametrize("prompts", [((1, 2), (49, 2)), ((1, 2), (49, 2), (3, 4))])
+def test_a_failed_prefill_fails_the_faulty_request_and_not_its_group(prompts):
     decoder = HistoryDecoder()
     decoder.fails = {49}
     batcher = Batcher(decoder, Limits())
-    fine, faulty, also_fine = sequence(1, 2), sequence(49, 2), sequence(3, 4)
-    for each in (fine, faulty, also_fine):
+    group = [sequence(*prompt) for prompt in prompts]
+    for each in group:
         batcher.submit(each)
-    events = run(batcher)
-    (failed,) = [event for event in events if event.sequence is faulty]
-    assert (failed.finished, failed.token) == (True, None)
-    assert "out of memory" in failed.error
-    assert tokens_of(events, fine) == alone(1, 2)
-    assert tokens_of(events, also_fine) == alone(3, 4)
+    events = batcher.iterate()
+    assert batcher.read == [(each, 2) for each in group] * 2  # together, then one by one
+    events += run(batcher)
+    for each, prompt in zip(group, prompts, strict=True):
+        if 49 in prompt:
+            (failed,) = [event for event in events if event.sequence is each]
+            assert (failed.finished, failed.token) == (True, None)
+            assert "out of memory" in failed.error
+        else:
+            assert tokens_of(events, each) == alone(*prompt)
 
 
 def test_a_failed_step_fails_the_rows_in_it_and_the_loop_goes_on():
@@ -637,15 +689,15 @@ def test_the_refusals_say_why():
         batcher.submit(sequence())
 
 
-@pytest.mark.parametrize(("late", "asked"), [(False, 0), (True, 1)])
-def test_only_a_sequence_that_had_to_wait_is_asked_before_its_prefill(late, asked):
+@pytest.mark.parametrize(("waited", "asked"), [(0, 0), (1, 1), (2, 1)])
+def test_only_a_sequence_that_had_to_wait_is_asked_before_its_prefill(waited, asked):
     """Asking is slow, and a sequence that is admitted in the next iteration was submitted a moment ago."""
     times: list[Sequence] = []
     batcher = Batcher(HistoryDecoder(max_rows=1), Limits(), lambda each: times.append(each) or False)
-    first, second = sequence(1, max_tokens=2 if late else 1), sequence(2, max_tokens=1)
+    first, second = sequence(1, max_tokens=max(1, waited)), sequence(2, max_tokens=1)
     batcher.submit(first)
-    if late:
-        batcher.submit(second)  # it waits for two iterations
+    if waited:
+        batcher.submit(second)  # it waits for so many iterations
         run(batcher)
     else:
         run(batcher)
@@ -739,14 +791,15 @@ def test_a_stop_during_the_prefill_itself_is_not_lost(call):
     assert (batcher.running, batcher.waiting, batcher.stop("a")) == (0, 0, 0)
 
 
-def test_a_prefix_that_is_known_is_counted_by_its_tokens_and_none_is_not():
+@pytest.mark.parametrize("known", [[1], [1, 2]])
+def test_a_prefix_that_is_known_is_counted_by_its_tokens_and_none_is_not(known):
     decoder = HistoryDecoder(max_rows=1)
-    decoder.known = [1, 2]
+    decoder.known = known
     batcher = Batcher(decoder, Limits())
     for prompt in ((1, 2, 3), (5, 6, 7), (1, 2, 4)):
         batcher.submit(sequence(*prompt))
     events = run(batcher)
-    assert (batcher.prefix_hits, batcher.prefix_tokens) == (2, 4)
+    assert (batcher.prefix_hits, batcher.prefix_tokens) == (2, 2 * len(known))
     assert {event.sequence.past.shape[2] for event in events} == {0}  # its row has it
 
 

@@ -120,6 +120,45 @@ def test_what_an_ejected_triton_still_answers_is_typical_of_nothing(seconds):
     assert slow.is_ejected(EJECTION_S)
 
 
+def test_an_ejection_counts_a_tritons_calls_anew():
+    balance = group(2)
+    slow, fast = balance.loads
+    answer(balance, fast, 0.01, 0.0, 20)
+    answer(balance, slow, 0.4, 0.0, LEAST_CALLS)
+    assert slow.is_ejected(0.0)
+    answer(balance, slow, 0.4, EJECTION_S, LEAST_CALLS - 1)
+    assert not slow.is_ejected(EJECTION_S)
+    answer(balance, slow, 0.4, EJECTION_S)
+    assert slow.is_ejected(EJECTION_S)
+
+
+def test_what_an_ejected_triton_still_answers_ejects_it_for_no_longer():
+    balance = group(4)
+    slow, *others = balance.loads
+    for load in others:
+        answer(balance, load, 0.01, 0.0, 20)
+    answer(balance, slow, 0.4, 0.0, LEAST_CALLS)
+    until = slow.ejected_until
+    answer(balance, slow, 0.4, 1.0, 2 * LEAST_CALLS)
+    assert (slow.ejected_until, slow.ejections) == (until, 1)
+
+
+def test_no_more_are_ejected_than_the_share():
+    balance = group(3)
+    first, second, fast = balance.loads
+    answer(balance, fast, 0.01, 0.0, 20)
+    answer(balance, first, 0.4, 0.0, LEAST_CALLS)
+    answer(balance, second, 0.4, 0.0, 20)
+    assert [load.is_ejected(0.0) for load in balance.loads] == [True, False, False]
+
+
+def test_the_only_triton_is_not_ejected():
+    balance = group(1)
+    answer(balance, balance.loads[0], 0.01, 0.0, 20)
+    answer(balance, balance.loads[0], 0.4, 0.0, 20)
+    assert not balance.loads[0].is_ejected(0.0)
+
+
 def test_few_slow_calls_eject_nobody():
     balance = group(2)
     answer(balance, balance.loads[1], 0.01, 0.0, 20)

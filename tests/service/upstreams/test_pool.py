@@ -6,7 +6,7 @@ import asyncio
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 
 import numpy as np
@@ -18,11 +18,13 @@ from service.core.errors import FirstTokenLate, InternalError, Overloaded, Unava
 from service.core.models import Generation
 from service.core.prompt import Prompt, Question
 from service.core.request import Budget, Sampling
+from service.core.variant import DEFAULT
 from service.telemetry.metrics import Metrics
+from service.upstreams import pool as pools
 from service.upstreams.balance import LEAST_CALLS, Balance
 from service.upstreams.breaker import FAILURES_TO_OPEN
-from service.upstreams.pool import Pool
-from service.upstreams.retry_budget import RetryBudget
+from service.upstreams.pool import JITTER_S, Group, Pool
+from service.upstreams.retry_budget import SHARE, RetryBudget
 from tests.service.upstreams.tritons import CARD, FakeTriton
 from tests.support.fakes import cancelled, until
 from tests.support.samples import sample
@@ -235,8 +237,9 @@ async def test_a_call_beyond_the_first_token_budget_goes_to_the_other_triton():
     assert all(sampling.streaming for sampling in setting.tritons[B].language.sampling)
     assert setting.counted("upstream_calls_total", upstream=A, outcome="late") > 0
     setting.tritons[B].hangs = True
-    with pytest.raises(FirstTokenLate, match=r"within 0.02 s"):
+    with pytest.raises(FirstTokenLate) as caught:
         await setting.see()
+    assert caught.value.message == "there was no first token within 0.02 s: try again"
 
 
 def spend(seconds: float) -> None:
@@ -484,7 +487,8 @@ async def test_a_fault_of_our_own_ends_no_watch(monkeypatch):
     watching = asyncio.create_task(setting.pool.watch(0.05, 1.0))
     with capture_logs() as lines:
         await until(lambda: setting.pool.answers)
-    assert [line["event"] for line in lines if line["log_level"] == "error"] == ["watch_failed"] * 2
+    failed = [line for line in lines if line["log_level"] == "error"]
+    assert [(line["event"], line["watch"]) for line in failed] == [("watch_failed", "upstreams")] * 2
     await cancelled(watching)
 
 
@@ -545,6 +549,193 @@ async def test_a_long_answer_that_comes_whole_makes_no_triton_look_slow(monkeypa
     vision, llm = setting.pool.vision.balance, setting.pool.llm.balance
     assert list(map(id, measured)) == list(map(id, [llm] * measurements + [vision]))
     assert sum(setting.counted("upstream_calls_total", outcome="ok", upstream=each) for each in (A, B)) == 2
+
+
+def noted(name: str) -> Callable[..., Awaitable[object]]:
+    async def call(self: Recorder, *told: object) -> object:
+        self.made.append((name, *told))
+        return name
+
+    return call
+
+
+class Recorder(FakeTriton):
+    """Notes the calls of its vision models."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.made: list[tuple[object, ...]] = []
+
+    see, encode, attend, attend_clip = map(noted, ("see", "encode", "attend", "attend_clip"))
+
+
+async def test_every_call_reaches_the_triton_as_it_was_made_and_kinds_are_measured_apart(monkeypatch):
+    kinds: list[str] = []
+    monkeypatch.setattr(Balance, "measured", lambda _, load, kind, *times: kinds.append(kind))
+    setting = Setting(A)
+    setting.tritons[A] = triton = Recorder(A)
+    await setting.started()
+    setting.budget.tokens = 0.0
+    vision, closer, budget, times = object(), object(), Budget(), [0.0, 1.0, 2.0]
+    images, frames = np.zeros((2, 3, 224, 224), np.uint8), [vision] * 3
+    pool = setting.pool
+    assert await pool.see(IMAGE, QUESTION, budget, 5.0) == "see"
+    assert await pool.encode(images, 5.0) == "encode"
+    assert await pool.attend(vision, QUESTION, budget, 5.0) == "attend"
+    assert await pool.attend(vision, QUESTION, budget, 5.0, closer) == "attend"
+    assert await pool.attend_clip(frames, times, QUESTION, budget, 5.0) == "attend_clip"
+    assert await setting.generate(streaming=True) == triton.language.tokens
+    assert setting.budget.tokens == pytest.approx(6 * SHARE)
+    assert kinds == ["see", "encode 2", "attend", "attend_448", "attend_clip 3", "first token"]
+    told = [
+        ("see", IMAGE, QUESTION, budget),
+        ("encode", images),
+        ("attend", vision, QUESTION, budget),
+        ("attend", vision, QUESTION, budget),
+        ("attend_clip", frames, times, QUESTION, budget),
+    ]
+    for made, wanted in zip(triton.made, told, strict=True):
+        assert all(one is other for one, other in zip(made, wanted, strict=False))
+        assert 4.0 < made[len(wanted)] <= 5.0
+    assert [made[len(wanted) + 1 :] for made, wanted in zip(triton.made, told, strict=True)] == [
+        (), (), (None,), (closer,), ()
+    ]  # fmt: skip
+
+
+async def test_a_pool_tells_which_models_somebody_answers():
+    setting = await Setting().started()
+    models = ("see", "attend", "llm", "attend_clip", "nothing")
+    assert [setting.pool.answers_with(model) for model in models] == [True, True, True, False, False]
+    for member in setting.pool.llm.members.values():
+        member.faults["llm"] = "it is gone"
+    assert [setting.pool.answers_with(model) for model in models] == [True, True, False, False, False]
+    assert not setting.pool.answers
+    assert setting.pool.addresses == {A, B}
+    setting.tritons[B].busy = 1
+    assert not setting.pool.is_idle
+
+
+@pytest.mark.parametrize(("variant", "named"), [("next", " of the variant next"), (DEFAULT, "")])
+def test_a_group_without_tritons_says_which_model_gets_no_answer(variant, named):
+    group = Group(variant, ("see", "attend"), ())
+    with pytest.raises(Unavailable) as caught:
+        group.pick(0.0)
+    assert caught.value.message == f"no Triton answers for attend{named}: try again in a few seconds"
+
+
+async def test_the_pauses_before_retries_are_random_and_grow(monkeypatch):
+    drawn: list[tuple[float, float]] = []
+    monkeypatch.setattr(pools.random, "uniform", lambda *bounds: drawn.append(bounds) or 0.0)
+    setting = await Setting(A, B, "127.0.0.1:3").started()
+    for triton in setting.tritons.values():
+        triton.fault = Unavailable("gone")
+    with pytest.raises(Unavailable, match="gone"):
+        await setting.see()
+    assert drawn[:2] == [(0, JITTER_S), (0, 2 * JITTER_S)]
+    assert setting.calls() == {A: 1, B: 1, "127.0.0.1:3": 1}
+    assert setting.counted("upstream_retries_total", result="made") == 2
+
+
+async def test_a_call_whose_time_is_over_with_the_pause_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(pools.random, "uniform", lambda *_: 6.0)
+    setting = await Setting().started()
+    for triton in setting.tritons.values():
+        triton.fault = Unavailable("gone")
+    with pytest.raises(Unavailable):
+        await setting.see(timeout_s=5.0)
+    assert setting.calls().total() == 1
+    assert setting.counted("upstream_retries_total", result="refused") == 0
+
+
+async def test_every_call_is_counted_by_how_it_ended():
+    setting = await Setting(A).started()
+    triton = setting.tritons[A]
+    await setting.see()
+    for triton.fault in (InternalError("it failed"), Unavailable("gone"), Overloaded("full")):
+        with pytest.raises(type(triton.fault)):
+            await setting.see()
+    triton.hangs = True
+    call = asyncio.create_task(setting.see())
+    await until(lambda: len(triton.calls) == 5)
+    await cancelled(call)
+    outcomes = ("ok", "failed", "overloaded", "left", "late")
+    counts = [setting.counted("upstream_calls_total", upstream=A, outcome=each) for each in outcomes]
+    assert counts == [1, 2, 1, 1, 0]
+
+
+async def test_a_probes_fault_is_logged_when_it_changes():
+    setting = await Setting(A).started()
+    triton, gone = setting.tritons[A], Unavailable("gone", cause="refused")
+    with capture_logs() as lines:
+        for triton.probe_fault in (gone, gone, KeyError("x"), None):
+            await setting.probe()
+    told = {"event": "probe", "variant": "stable", "upstream": A, "model": "see"}
+    assert [line for line in lines if line["model"] == "see"] == [
+        told | {"log_level": "warning", "fault": "gone", "cause": "refused"},
+        told | {"log_level": "warning", "fault": "its probe failed: see the gateway's log", "cause": "KeyError('x')"},
+        told | {"log_level": "info", "fault": "none", "cause": ""},
+    ]
+    assert [line["model"] for line in lines].count("attend") == 0  # the model before it failed
+    assert setting.pool.faults() == {}
+
+
+async def test_tritons_are_probed_unless_they_answered_lately_and_those_that_are_out_at_every_look():
+    setting = Setting(A)
+    triton = setting.client(A)
+    triton.probe_fault = Unavailable("gone")
+    watching = asyncio.create_task(setting.pool.watch(0.2, 7.0))
+    await until(lambda: len(triton.probes) >= 8)
+    assert triton.probes[:4] == [
+        ("see", CARD, 7.0, 0.1), ("llm", CARD, 7.0, 0.1), ("see", CARD, 7.0, 0.0), ("llm", CARD, 7.0, 0.0)
+    ]  # fmt: skip
+    triton.probe_fault = None
+    await until(lambda: setting.pool.answers)
+    asked = len(triton.probes)
+    await until(lambda: len(triton.probes) > asked)
+    assert {fresh_s for *_, fresh_s in triton.probes[asked:]} == {0.1}
+    await cancelled(watching)
+
+
+class Busy(FakeTriton):
+    """Counts how often it is asked whether calls are in flight."""
+
+    looks = 0
+
+    @property
+    def is_idle(self) -> bool:
+        self.looks += 1
+        return super().is_idle
+
+
+async def test_a_variant_that_is_left_closes_its_connections_after_the_calls_in_flight(monkeypatch):
+    monkeypatch.setattr(pools, "LEAVING_LOOK_S", 0.01)
+    setting = Setting(A)
+    setting.tritons[A] = triton = Busy(A)
+    watching = asyncio.create_task(setting.pool.watch(0.05, 1.0))
+    await until(lambda: setting.pool.answers)
+    triton.busy = 1
+    setting.pool.leave()
+    await until(lambda: triton.looks > 3)
+    assert triton.is_open
+    triton.busy = 0
+    async with asyncio.timeout(10):
+        await watching
+    assert not triton.is_open
+
+
+async def test_a_variant_that_is_left_waits_for_its_calls_no_longer_than_any_may_take(monkeypatch):
+    monkeypatch.setattr(pools, "LEAVING_LOOK_S", 0.01)
+    monkeypatch.setattr(pools, "MOST_LEAVING_S", 0.03)
+    setting = Setting(A)
+    watching = asyncio.create_task(setting.pool.watch(0.05, 1.0))
+    await until(lambda: setting.pool.answers)
+    setting.tritons[A].busy = 1
+    with capture_logs() as lines:
+        setting.pool.leave()
+        async with asyncio.timeout(10):
+            await watching
+    assert lines == [{"event": "calls_cut_off", "log_level": "warning", "variant": "stable", "seconds": 0.03}]
+    assert not setting.tritons[A].is_open
 
 
 async def test_a_closed_pool_answers_nothing():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.upstreams.variants import NoVariantLeft, Variant, Variants, VariantsError, assigned
+from service.core.precision import PRECISIONS
+from service.core.variant import MOST_WEIGHT
+from service.upstreams.variants import NoVariantLeft, UnknownVariant, Variant, Variants, VariantsError, assigned
 
 STABLE = Variant("stable", "/models/7", ("a:8001", "b:8001"), ("a:8001", "b:8001"), 95.0)
 NEXT = Variant("next", "/models/8", ("v:8001",), ("unix:/run/llm",), 5.0)
@@ -21,6 +25,89 @@ WEIGHTS = st.dictionaries(
 def test_json_keeps_everything():
     assert Variants.from_json(BOTH.to_json()) == BOTH
     assert Variants.from_json(BOTH.drained("next").to_json()).variants["next"].is_draining
+    exact = Variants({"stable": replace(STABLE, precision=PRECISIONS[0])}, "tenant")
+    assert Variants.from_json(exact.to_json()) == exact
+
+
+def test_json_is_written_for_people():
+    """Indented, with the fields that were given, and whole weights as whole numbers."""
+    one = Variant("next", "m", ("x:1",), ("x:1",), 5.0)
+    assert Variants({"next": one}).to_json() == (
+        b'{\n  "sticky": "session",\n  "variants": {\n    "next": {\n      "models": "m",\n      "tritons": [\n'
+        b'        "x:1"\n      ],\n      "weight": 5\n    }\n  }\n}\n'
+    )
+    assert replace(one, weight=2.5, llm=("y:1",), precision=PRECISIONS[0], is_draining=True).told() == {
+        "models": "m", "vision": ("x:1",), "llm": ("y:1",), "weight": 2.5, "precision": PRECISIONS[0], "draining": True
+    }  # fmt: skip
+    assert type(one.told()["weight"]) is int
+
+
+def test_what_is_left_out_has_its_default():
+    assert Variants.from_json(b"{}") == Variants({}, "session")
+    one = Variant.parse("a", {"models": "m", "tritons": ["x:1"]})
+    assert one == Variant("a", "m", ("x:1",), ("x:1",), weight=0.0, is_draining=False, precision=None)
+    assert one.is_draining is False
+
+
+def test_every_field_is_read():
+    told = {"models": "m", "tritons": ["x:1"], "vision": ["v:1"], "llm": ["l:1"], "weight": 2.5, "draining": True,
+            "precision": PRECISIONS[0]}  # fmt: skip
+    assert Variant.parse("a", told) == Variant("a", "m", ("v:1",), ("l:1",), 2.5, True, PRECISIONS[0])
+
+
+FIELDS = "draining, llm, models, precision, tritons, vision, weight"
+ADDRESSES = "of a must be a list of gRPC addresses, HOST:PORT without http:// or unix:/PATH: "
+
+
+def one(**fields: object) -> dict[str, object]:
+    return {"variants": {"a": {"models": "m", "tritons": ["h:1"]} | fields}}
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ([], 'write an object with "variants" and, if you like, "sticky"'),
+        ({"sticky": "image"}, 'sticky must be "session" or "tenant"'),
+        ({"variants": []}, "variants must be an object: the name of each variant, and its fields"),
+        (
+            {"variants": {"X" * 65: {}}},
+            f"{'X' * 64!r} is not a valid name of a variant: write 1 to 63 small letters, digits and . _ -, and not "
+            "glimpse",
+        ),
+        (one(wait=1), f"the variant a must be an object with these fields only: {FIELDS}"),
+        (one(models=""), "the variant a has no models: name the folder of its model repository"),
+        (one(tritons=[]), "the variant a has no Tritons: set tritons, or vision and llm"),
+        (one(weight=MOST_WEIGHT + 1), f"the weight of a must be a number from 0 to {MOST_WEIGHT:,}"),
+        (one(draining=1), "draining of a must be true or false"),
+        (one(precision="wide"), f"precision of a must be one of {', '.join(PRECISIONS)}, or left out"),
+        (one(tritons=["h:0"]), f"tritons {ADDRESSES}['h:0']"),
+        (one(vision=["h:65536"]), f"vision {ADDRESSES}['h:65536']"),
+        (one(llm=["h" * 200]), f"llm {ADDRESSES}['{'h' * 98}"),
+    ],
+)
+def test_the_whole_message_is_for_the_operator(told, says):
+    with pytest.raises(VariantsError) as caught:
+        Variants.from_json(orjson.dumps(told))
+    assert str(caught.value) == says
+
+
+def test_the_bounds_themselves_are_taken():
+    told = one(tritons=["h:1", "h:65535", "unix:/run/llm"], weight=MOST_WEIGHT)
+    read = Variants.from_json(orjson.dumps(told)).variants["a"]
+    assert (read.vision, read.weight) == (("h:1", "h:65535", "unix:/run/llm"), MOST_WEIGHT)
+
+
+def test_an_unknown_name_is_told_shortened_with_the_known_ones():
+    for variants, known in ((BOTH, "stable, next"), (Variants(), "none")):
+        with pytest.raises(UnknownVariant) as caught:
+            variants.named("x" * 70)
+        assert str(caught.value) == f"there is no variant {'x' * 64!r}: the variants are {known}"
+        assert caught.value.name == "x" * 70
+
+
+def test_a_wrong_weight_names_its_variant():
+    with pytest.raises(VariantsError, match=f"^the weight of next must be a number from 0 to {MOST_WEIGHT:,}$"):
+        BOTH.weighted({"next": -1})
 
 
 @pytest.mark.parametrize(
@@ -92,6 +179,9 @@ def test_a_change_that_leaves_a_variant_which_gets_questions_is_made(before, wei
             "next=100, or let .*drain stable --undo",
         ),
         (kept(("stable", 9, False), ("next", 1, False)), {"next": 0}, {"stable": True}, "next=100, or let stable"),
+        (kept(("stable", 9, False), ("next", 0, True)), {"stable": 0}, {}, "such as stable=100$"),
+        (kept(("stable", 9, False), ("next", 0.5, True)), {"stable": 0}, {}, "stable=100, or let next"),
+        (Variants(), {}, {}, "all of them drain: let NAME get questions again"),
     ],
 )
 def test_a_change_after_which_nobody_gets_questions_or_has_a_weight_is_refused(before, weights, draining, says):
@@ -109,8 +199,13 @@ def test_a_change_after_which_nobody_gets_questions_or_has_a_weight_is_refused(b
     ],
 )
 def test_the_only_variant_that_gets_questions_is_not_removed(before, name):
-    with pytest.raises(NoVariantLeft, match=f"only {name} gets questions"):
+    other = next((each for each in before.variants if each != name), "NAME")
+    with pytest.raises(NoVariantLeft) as caught:
         before.without(name)
+    assert str(caught.value) == (
+        f"only {name} gets questions: give another variant a weight before you remove it "
+        f"(`glimpse variants weights {other}=100`)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +225,8 @@ def test_a_replaced_variant_does_not_take_the_last_weight_away():
     before = kept(("stable", 9, False), ("next", 0, False))
     moved = Variant("stable", "other", ("y:1",), ("y:1",), 9)
     assert before.replaced(moved).variants["stable"] == moved
-    with pytest.raises(NoVariantLeft, match="--weight 100"):
+    says = "only stable gets questions, and it would have no weight: keep one above 0, such as `--weight 100`"
+    with pytest.raises(NoVariantLeft, match=f"^{says}$"):
         before.replaced(Variant("stable", "other", ("y:1",), ("y:1",), 0))
 
 

@@ -25,6 +25,7 @@ class FakeTriton(FakeVision):
         self.is_open = False
         self.busy = 0  # calls that go on without their request, and probes
         self.timeouts: list[float] = []  # of calls of the vision models
+        self.probes: list[tuple[str, ModelCard, float, float]] = []  # model, card, timeout, freshness
 
     async def connect(self) -> None:
         self.is_open = True
@@ -64,6 +65,7 @@ class FakeTriton(FakeVision):
             yield (token,)
 
     async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 0.0) -> None:
+        self.probes.append((model, card, timeout_s, fresh_s))
         if (fault := self.probe_fault or self.fault) is not None:
             raise fault
         if self.hangs:

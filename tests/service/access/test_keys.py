@@ -16,12 +16,24 @@ from tempfile import TemporaryDirectory
 import pytest
 from structlog.testing import capture_logs
 
-from service.access.gate import Gate
+from service.access.gate import Gate, NoGate
 from service.access.key_file import KeyFile
 from service.access.key_redis import KEYS, VERSION, KeysInRedis
-from service.access.keys import DIGEST, KeyRecord, Keyring, KeysError, Limits, digest_of, new_key
+from service.access.keys import (
+    DIGEST,
+    EXPIRED_KEY,
+    NO_KEY,
+    WRONG_KEY,
+    KeyRecord,
+    Keyring,
+    KeysError,
+    Limits,
+    digest_of,
+    id_of,
+    new_key,
+)
 from service.app import grpc_edge, http_edge
-from service.core.access import Scope
+from service.core.access import Grant, Scope
 from service.core.errors import Unauthenticated, Unavailable
 from service.system import files
 from service.telemetry.metrics import Metrics
@@ -178,14 +190,16 @@ async def test_a_change_of_the_file_is_noticed_and_a_bad_file_changes_nothing(tm
     second = keys.make("beta")
     with pytest.raises(Unauthenticated):
         gate.grant(second)
-    await gate.look()
+    with capture_logs() as logs:
+        await gate.look()
+    assert logs == [{"event": "keys_in_use", "log_level": "info", "keys": 2}]
     assert gate.grant(second).tenant == "beta"
     assert sample(metrics, "glimpse_keys") == 2
     keys.path.write_text("{")
     with capture_logs() as logs:
         await gate.look()
         await gate.look()
-    assert [line["event"] for line in logs] == ["keys_not_read"]
+    assert [(line["event"], line["in_use"]) for line in logs] == [("keys_not_read", 2)]
     assert gate.grant(first).tenant == "acme"
     assert sample(metrics, "glimpse_keys_readable") == 0
     keys.path.unlink()
@@ -227,11 +241,55 @@ async def test_keys_that_can_be_read_again_and_did_not_change_meanwhile_are_told
     gate = Gate(source, metrics, first=Keyring())
     readable = [sample(metrics, "glimpse_keys_readable")]
     with capture_logs() as logs:
-        for source.fault in (KeysError("gone"), KeysError("gone"), KeysError("not JSON"), None, None):
+        for source.fault in (None, KeysError("gone"), KeysError("gone"), KeysError("not JSON"), None, None):
             await gate.look()
             readable.append(sample(metrics, "glimpse_keys_readable"))
-    assert readable == [1, 0, 0, 0, 1, 1]
-    assert [line["event"] for line in logs] == ["keys_not_read", "keys_not_read", "keys_read_again"]
+    assert readable == [1, 1, 0, 0, 0, 1, 1]
+    not_read = {"event": "keys_not_read", "log_level": "warning", "in_use": 0}
+    assert logs == [
+        not_read | {"reason": "gone"},
+        not_read | {"reason": "not JSON"},
+        {"event": "keys_read_again", "log_level": "info"},
+    ]
+
+
+def test_the_gate_refuses_by_its_clock_and_counts_why():
+    now, metrics, made = [9.0], Metrics(), new_key()
+    gate = Gate(Source(), metrics, first=ring_of(made, expires_at=10.0), clock=lambda: now[0])
+    assert gate.grant(made[0]).tenant == "acme"
+    now[0] = 10.0
+    for key, code, says in (
+        (made[0], "expired_api_key", EXPIRED_KEY),
+        ("", "missing_api_key", NO_KEY),
+        ("glk_", "invalid_api_key", WRONG_KEY),
+    ):
+        with pytest.raises(Unauthenticated) as caught:
+            gate.grant(key)
+        assert (caught.value.code, caught.value.message) == (code, says)
+        assert sample(metrics, "glimpse_keys_refused_total", {"code": code}) == 1
+
+
+def test_before_the_keys_were_read_nobody_is_let_in():
+    with pytest.raises(Unavailable) as caught:
+        Gate(Source(), Metrics()).grant("glk_00000000_")
+    assert caught.value.message == "the API keys have not been read yet: try again in a few seconds"
+
+
+async def test_what_is_in_use_is_told_if_no_keys_were_ever_read():
+    source = Source()
+    source.fault = KeysError("gone")
+    with capture_logs() as logs:
+        await Gate(source, Metrics()).look()
+    assert logs == [{"event": "keys_not_read", "log_level": "warning", "reason": "gone", "in_use": 0}]
+
+
+def test_without_keys_everyone_is_let_in_as_nobody():
+    assert NoGate().grant("whatever") == Grant("")
+
+
+def test_only_a_well_formed_key_names_an_id():
+    assert id_of("glk_00000000_secret") == "00000000"
+    assert [id_of(each) for each in ("", "glk", "xyz_00000000_secret")] == [""] * 3
 
 
 async def test_a_fault_of_our_own_does_not_end_the_looks_for_keys():
@@ -245,6 +303,7 @@ async def test_a_fault_of_our_own_does_not_end_the_looks_for_keys():
         await until(lambda: sample(metrics, "glimpse_keys_readable") == 0)
         await cancelled(running)
     assert [line["event"] for line in logs] == ["watch_failed", "keys_not_read"]
+    assert logs[0]["watch"] == "keys"
 
 
 async def test_keys_that_were_made_again_in_an_emptied_redis_are_noticed(redis_server):

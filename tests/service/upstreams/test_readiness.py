@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from contextlib import suppress
 
 from structlog.testing import capture_logs
 
@@ -12,7 +11,7 @@ from service.core.card import ModelCard
 from service.core.errors import Unavailable
 from service.telemetry.metrics import Metrics
 from service.upstreams.readiness import Readiness
-from tests.support.fakes import CARD, FakeProber, until
+from tests.support.fakes import CARD, FakeProber, cancelled, until
 from tests.support.samples import sample
 
 
@@ -33,6 +32,51 @@ async def test_what_requests_find_counts_before_any_probe() -> None:
     failing.clear()
     assert readiness.ready
     assert sample(metrics, "glimpse_ready") == 1
+
+
+async def test_each_model_is_not_ready_until_its_probe_succeeds() -> None:
+    metrics, prober = Metrics(), FakeProber()
+    readiness = Readiness(["see", "llm"], metrics)
+    assert readiness.faults == {"see": "not answered yet", "llm": "not answered yet"}
+    prober.faults["llm"] = Unavailable("it is gone")
+    await readiness.probe(prober, CARD, 1)
+    assert [sample(metrics, "glimpse_model_ready", {"model": model}) for model in ("see", "llm")] == [1, 0]
+
+
+async def test_a_requests_fault_counts_in_the_models_gauge() -> None:
+    failing, metrics = {"llm"}, Metrics()
+    readiness = Readiness(["see", "llm"], metrics, failing.__contains__)
+    await probed(readiness)
+    assert [sample(metrics, "glimpse_model_ready", {"model": model}) for model in ("see", "llm")] == [1, 0]
+
+
+def test_a_probes_result_is_logged_when_it_changes() -> None:
+    readiness = Readiness(["llm"], Metrics())
+    with capture_logs() as lines:
+        for fault, cause in (("gone", "refused"), ("gone", "reset"), ("", ""), ("", "")):
+            readiness.set("llm", fault, cause)
+        readiness.set("llm", "gone")
+    told = {"event": "probe", "model": "llm"}
+    assert lines == [
+        told | {"log_level": "warning", "fault": "gone", "cause": "refused"},
+        told | {"log_level": "info", "fault": "none", "cause": ""},
+        told | {"log_level": "warning", "fault": "gone", "cause": ""},
+    ]
+
+
+async def test_a_probe_is_told_the_card_its_time_and_how_fresh_an_answer_may_be() -> None:
+    told: list[object] = []
+
+    class Noting(FakeProber):
+        async def probe(self, model: str, card: ModelCard, timeout_s: float = 5.0, fresh_s: float = 9.0) -> None:
+            told.append((model, card, timeout_s, fresh_s))
+
+    readiness = Readiness(["llm"], Metrics())
+    await readiness.probe(Noting(), CARD, 3.0)
+    watching = asyncio.create_task(readiness.watch(Noting(), CARD, interval_s=600.0, timeout_s=7.0))
+    await until(lambda: len(told) == 2)
+    await cancelled(watching)
+    assert told == [("llm", CARD, 3.0, 0.0), ("llm", CARD, 7.0, 300.0)]
 
 
 async def test_a_probes_fault_is_told_rather_than_the_requests() -> None:
@@ -71,9 +115,7 @@ async def test_a_model_that_requests_find_dead_is_probed_soon() -> None:
     begun = asyncio.get_running_loop().time()
     await until(lambda: prober.probes["llm"] > 1)
     assert asyncio.get_running_loop().time() - begun < 4.0
-    watching.cancel()
-    with suppress(asyncio.CancelledError):
-        await watching
+    await cancelled(watching)
 
 
 async def test_a_probe_with_a_fault_of_its_own_ends_no_watch() -> None:
@@ -91,9 +133,8 @@ async def test_a_probe_with_a_fault_of_its_own_ends_no_watch() -> None:
     with capture_logs() as lines:
         watching = asyncio.create_task(readiness.watch(prober, CARD, interval_s=0.1, timeout_s=1))
         await until(lambda: prober.probes == 2)
-        assert set(readiness.faults) == {"llm"}
+        assert readiness.faults == {"llm": "its probe failed: see the gateway's log"}
         await until(lambda: readiness.ready)
-    assert [line["event"] for line in lines].count("probe_crashed") == 1
-    watching.cancel()
-    with suppress(asyncio.CancelledError):
-        await watching
+    assert [line["model"] for line in lines if line["event"] == "probe_crashed"] == ["llm"]
+    assert [line["cause"] for line in lines if line["event"] == "probe"] == ["KeyError('visual_count')", ""]
+    await cancelled(watching)

@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import orjson
 import pytest
 from structlog.testing import capture_logs
 
@@ -87,6 +88,7 @@ def test_every_other_key_is_refused():
         made[1],
         "é",
         "_",
+        "glk_\udc80",  # no text of UTF-8
     ]
     wrong += [f"glk_{made[1]}_{other[0][13:]}", " " + key, key * 10, made[2]]
     for each in wrong:
@@ -125,7 +127,8 @@ KEY = f'{{"id": "00000000", "sha256": "{digest_of("x")}", "tenant": "a", "scopes
         ("[]", 'must be an object with "version": 1'),
         ('{"version": 2}', 'must be an object with "version": 1'),
         ('{"version": 1, "more": 1}', 'must be an object with "version": 1'),
-        ('{"version": 1, "keys": {}}', "keys must be a list"),
+        ('{"version": 1, "keys": {}}', "keys must be a list, and tenants an object"),
+        ('{"version": 1, "tenants": []}', "keys must be a list, and tenants an object"),
         ('{"version": 1, "keys": [1]}', "keys.0 must be an object"),
         ('{"version": 1, "keys": [{}]}', "keys.0.id is None"),
         (f'{{"version": 1, "keys": [{KEY}, {KEY}]}}', "two keys have the id 00000000"),
@@ -144,6 +147,50 @@ KEY = f'{{"id": "00000000", "sha256": "{digest_of("x")}", "tenant": "a", "scopes
 def test_a_wrong_document_says_where(text, said):
     with pytest.raises(KeysError, match=re.escape(said)):
         Keyring.from_json(text.encode())
+
+
+def record(**fields: object) -> dict[str, object]:
+    return {"id": "00000000", "sha256": "0" * 64, "tenant": "a", "scopes": ["ask"]} | fields
+
+
+FIELDS = "created_at, expires_at, id, limits, note, scopes, sha256, tenant"
+LIMITS = (
+    "requests_per_minute, images_per_minute, visual_tokens_per_minute, generated_tokens_per_minute, concurrent_requests"
+)
+WHOLE = "write a whole number of at least 1, or null for none"
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (record(more=1), f"keys.0 has no field 'more': the fields are {FIELDS}"),
+        (record(id="x"), "keys.0.id is 'x': it must match [0-9a-f]{8}"),
+        (record(scopes=["all"]), f"keys.0.scopes is ['all']: write a list of {', '.join(Scope)}"),
+        (record(scopes=[]), f"keys.0.scopes is []: write a list of {', '.join(Scope)}"),
+        (record(scopes={"ask": 1}), f"keys.0.scopes is {{'ask': 1}}: write a list of {', '.join(Scope)}"),
+        (record(created_at=None), "keys.0.created_at is None: write seconds since the epoch"),
+        (record(expires_at="1"), "keys.0.expires_at is '1': write seconds since the epoch"),
+        (record(note=1), "keys.0.note must be a text"),
+        (record(limits=[1]), f"keys.0.limits must be an object with some of {LIMITS}"),
+        (record(limits={"requests": 1}), f"keys.0.limits has no limit 'requests': the limits are {LIMITS}"),
+        (record(limits={"images_per_minute": 0}), f"keys.0.limits.images_per_minute is 0: {WHOLE}"),
+    ],
+)
+def test_the_whole_message_is_for_the_operator(told, says):
+    with pytest.raises(KeysError) as caught:
+        Keyring.from_json(orjson.dumps({"version": 1, "keys": [told]}))
+    assert str(caught.value) == says
+
+
+def test_what_a_key_leaves_out_has_its_default_and_is_not_written():
+    ring = Keyring.from_json(orjson.dumps({"version": 1, "keys": [record(limits={"images_per_minute": None})]}))
+    assert ring.keys["00000000"] == KeyRecord(
+        "00000000", "0" * 64, "a", frozenset({Scope.ASK}), created_at=0.0, expires_at=None, note="", limits=Limits()
+    )
+    written = record(created_at=0.0, expires_at=None, note="")
+    assert orjson.loads(ring.to_json()) == {"version": 1, "keys": [written], "tenants": {}}
+    assert ring.to_json().startswith(b'{\n  "version": 1,\n')
+    assert ring.to_json().endswith(b"}\n")
 
 
 def test_a_tenants_limits_replace_the_defaults_one_by_one():

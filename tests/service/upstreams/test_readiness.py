@@ -82,9 +82,11 @@ async def test_a_probe_is_told_the_card_its_time_and_how_fresh_an_answer_may_be(
 async def test_a_probes_fault_is_told_rather_than_the_requests() -> None:
     readiness = Readiness(["llm"], Metrics(), lambda _: True)
     prober = FakeProber()
-    prober.faults["llm"] = Unavailable("it is gone")
-    await readiness.probe(prober, CARD, 1)
+    prober.faults["llm"] = Unavailable("it is gone", cause="refused")
+    with capture_logs() as lines:
+        await readiness.probe(prober, CARD, 1)
     assert readiness.faults == {"llm": "it is gone"}
+    assert [line["cause"] for line in lines] == ["refused"]
 
 
 async def test_a_service_that_stops_is_not_ready_whatever_its_models_say() -> None:

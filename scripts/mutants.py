@@ -32,10 +32,13 @@ GROUPS = {
     ),
     "admission": (
         ["service/admission/batch_turns.py", "service/admission/concurrency_limit.py",
-         "service/admission/contention.py", "service/admission/drain_rate.py", "service/admission/fidelity.py",
-         "service/admission/quota.py", "service/admission/scheduler.py"],
-        ["tests/service/admission"],
+         "service/admission/contention.py", "service/admission/drain_rate.py", "service/admission/quota.py",
+         "service/admission/scheduler.py"],
+        ["tests/service/admission/test_admission.py", "tests/service/admission/test_batch_turns.py",
+         "tests/service/admission/test_concurrency_limit.py", "tests/service/admission/test_contention.py",
+         "tests/service/admission/test_quota.py", "tests/service/admission/test_scheduler.py"],
     ),
+    "fidelity": (["service/admission/fidelity.py"], ["tests/service/admission/test_fidelity.py"]),
     "cache": (
         ["service/cache/breaker.py", "service/cache/lru.py", "service/cache/records.py",
          "service/cache/visual_tokens.py"],
@@ -60,7 +63,8 @@ GROUPS = {
          "service/upstreams/variants.py"],
         ["tests/service/upstreams/test_balance.py", "tests/service/upstreams/test_breaker.py",
          "tests/service/upstreams/test_pool.py", "tests/service/upstreams/test_readiness.py",
-         "tests/service/upstreams/test_retry_budget.py", "tests/service/upstreams/test_variants.py"],
+         "tests/service/upstreams/test_resolve.py", "tests/service/upstreams/test_retry_budget.py",
+         "tests/service/upstreams/test_variants.py"],
     ),
 }  # fmt: skip
 CONFIGURATION = """

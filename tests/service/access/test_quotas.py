@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from service.access import quotas, windows
 from service.access.keys import Keyring, Limits
@@ -31,12 +32,14 @@ from service.access.windows import (
 )
 from service.cache.redis_client import close_counters, counters
 from service.core.access import UNLIMITED, Use
+from service.core.errors import QuotaExceeded
 from service.edges.grpc.stubs import vqa_pb2 as pb
 from service.telemetry.metrics import Metrics
 from tests.service.edges.http.test_vqa import ASKED, Caller, events, fault
 from tests.support.calls import failure, question, served
 from tests.support.fakes import House, cancelled, png, turns, until
 from tests.support.keys import Keys, bearer
+from tests.support.samples import sample
 from tests.support.servers import RedisServer, eventually_async
 
 RESET_S = 90.0  # of the windows in memory: see `stopped`
@@ -85,7 +88,18 @@ async def statuses(*asked: Caller, times: int, **body: object) -> Counter[int]:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "0ms"), (0.1204, "121ms"), (1, "1s"), (59.2, "1m0s"), (360, "6m0s"), (61, "1m1s")]
+    ("seconds", "words"),
+    [
+        (-0.5, "0ms"),
+        (0, "0ms"),
+        (0.1204, "121ms"),
+        (0.9999, "1000ms"),
+        (1, "1s"),
+        (1.5, "2s"),
+        (59.2, "1m0s"),
+        (360, "6m0s"),
+        (61, "1m1s"),
+    ],
 )
 def test_times_are_written_as_openais_headers_do(seconds, words):
     assert in_words(seconds) == words
@@ -222,6 +236,103 @@ async def test_a_caller_that_leaves_while_it_is_charged_is_charged_nothing():
         assert (await hit(bucket, "generated_tokens", 100, 0)).left.remaining == 100
 
 
+async def test_a_charge_that_failed_or_was_refused_is_not_given_back():
+    quotas, given_back = Quotas(Limits(), Keyring, Windows(), Metrics()), list[int]()
+
+    async def back(amount: int) -> None:
+        given_back.append(amount)
+
+    left = left_of(10, 1, 0, 0.0, 0, 0.0)
+    cancelled_one, failed, refused, made = (asyncio.get_running_loop().create_future() for _ in range(4))
+    cancelled_one.cancel()
+    failed.set_exception(RuntimeError("a fault of our own"))
+    refused.set_result(Hit(False, left, back))
+    made.set_result(Hit(True, left, back))
+    for each in (cancelled_one, failed, refused, made):
+        quotas.unasked.add(each)
+        quotas.refund(7, each)
+    await quotas.settle()
+    assert given_back == [7]
+    assert not quotas.unasked
+
+
+def account(windows: Windows, metrics: Metrics, **limits: int) -> LimitedAccount:
+    quotas = Quotas(Limits(), Keyring, windows, metrics)
+    return LimitedAccount(quotas, [Bucket("tenant/a", "your tenant", Limits(**limits))])
+
+
+async def charge(one: LimitedAccount, use: Use) -> None:
+    """Enter, and use all of it."""
+    await one.enter()
+    async with one.charged(use) as used:
+        for name in Use.__slots__:
+            setattr(used, name, getattr(use, name))
+
+
+@pytest.mark.parametrize(
+    ("limits", "used", "unit", "retry_s", "says"),
+    [
+        (
+            {"requests_per_minute": 1},
+            Use(),
+            "requests",
+            60.0,
+            "your tenant may use 1 requests a minute here, and has 0 left",
+        ),
+        (
+            {"images_per_minute": 1000},
+            Use(images=1001),
+            "images",
+            60.0,
+            "your tenant may use 1,000 images a minute here, and has 1,000 left; this request may need 1,001: send "
+            "fewer images, or lower video_frames, or try again later",
+        ),
+        (
+            {"visual_tokens_per_minute": 100},
+            Use(visual_tokens=60),
+            "visual_tokens",
+            50.0,  # 30 s until the minute is over, and 20 s more until a third of it has left
+            "your tenant may use 100 visual tokens a minute here, and has 40 left; this request may need 60: lower "
+            "budget.visual_tokens or video_frames, or send fewer images, or try again later",
+        ),
+        (
+            {"generated_tokens_per_minute": 10},
+            Use(generated_tokens=11),
+            "generated_tokens",
+            60.0,
+            "your tenant may use 10 generated tokens a minute here, and has 10 left; this request may need 11: lower "
+            "max_tokens, or try again later",
+        ),
+        ({"concurrent_requests": 1}, Use(), "concurrent_requests", 1.0, "your tenant has 1 open requests"),
+    ],
+)
+async def test_a_refusal_says_what_is_used_up_what_to_lower_and_when_to_come_again(limits, used, unit, retry_s, says):
+    windows, metrics = Windows(clock=stopped), Metrics()
+
+    async def charge_twice() -> None:
+        for _ in range(2):
+            await charge(account(windows, metrics, **limits), used)
+
+    with pytest.raises(QuotaExceeded) as caught:
+        await charge_twice()
+    assert caught.value.message == f"the quota is used up: {says}; try again in {retry_s:.0f} s"
+    assert caught.value.retry_after_s == pytest.approx(retry_s)
+    assert sample(metrics, "glimpse_quota_refusals_total", {"unit": unit}) == 1
+
+
+async def test_the_headers_tell_of_each_limit_what_is_left_and_until_when():
+    one = account(Windows(clock=stopped), Metrics(), requests_per_minute=3, visual_tokens_per_minute=1000)
+    await charge(one, Use(images=1, visual_tokens=64, generated_tokens=5))
+    assert one.headers() == [
+        ("x-ratelimit-limit-requests", "3"),
+        ("x-ratelimit-remaining-requests", "2"),
+        ("x-ratelimit-reset-requests", "1m30s"),
+        ("x-ratelimit-limit-visual-tokens", "1000"),
+        ("x-ratelimit-remaining-visual-tokens", "936"),
+        ("x-ratelimit-reset-visual-tokens", "1m30s"),
+    ]
+
+
 async def test_a_stream_has_the_headers_and_settles_at_its_end():
     async with calling(quota_generated_tokens_per_minute=100) as caller:
         response = await caller.ask(stream=True, max_tokens=50)
@@ -302,10 +413,12 @@ async def test_a_settlement_that_fails_does_not_end_those_behind_it():
         async def settling() -> None:
             settled.set()
 
-        caller.house.quotas.later(failing)
-        caller.house.quotas.later(settling)
-        async with asyncio.timeout(20):
-            await settled.wait()
+        with capture_logs() as logs:
+            caller.house.quotas.later(failing)
+            caller.house.quotas.later(settling)
+            async with asyncio.timeout(20):
+                await settled.wait()
+        assert [line["watch"] for line in logs if line["event"] == "watch_failed"] == ["quotas"]
 
 
 async def test_a_heartbeat_that_fails_is_not_the_last(redis_server, monkeypatch):

@@ -26,7 +26,7 @@ from service.upstreams.breaker import FAILURES_TO_OPEN
 from service.upstreams.pool import JITTER_S, Group, Pool
 from service.upstreams.retry_budget import SHARE, RetryBudget
 from tests.service.upstreams.tritons import CARD, FakeTriton
-from tests.support.fakes import cancelled, until
+from tests.support.fakes import cancelled, turns, until
 from tests.support.samples import sample
 
 IMAGE = np.zeros((3, 224, 224), np.uint8)
@@ -623,6 +623,26 @@ def test_a_group_without_tritons_says_which_model_gets_no_answer(variant, named)
     assert caught.value.message == f"no Triton answers for attend{named}: try again in a few seconds"
 
 
+async def test_no_triton_is_asked_twice_for_one_answer(monkeypatch):
+    monkeypatch.setattr(pools.random, "randrange", lambda _: 0)  # the first one of those that may be asked
+    setting = await Setting(A, B, "127.0.0.1:3").started()
+    for triton in setting.tritons.values():
+        triton.fault = Unavailable("gone")
+    with pytest.raises(Unavailable, match="gone"):
+        await setting.generate()
+    assert [triton.generations for triton in setting.tritons.values()] == [["q"], ["q.1"], ["q.2"]]
+    for triton in setting.tritons.values():
+        (left_s,) = triton.llm_timeouts
+        assert 4.0 < left_s <= 5.0
+
+
+@pytest.mark.parametrize("first_token_s", [None, 1.0])
+async def test_an_answer_without_tokens_ends(first_token_s):
+    setting = await Setting(A, first_token_s=first_token_s).started()
+    setting.tritons[A].language.tokens = []
+    assert await setting.generate() == []
+
+
 async def test_the_pauses_before_retries_are_random_and_grow(monkeypatch):
     drawn: list[tuple[float, float]] = []
     monkeypatch.setattr(pools.random, "uniform", lambda *bounds: drawn.append(bounds) or 0.0)
@@ -694,6 +714,25 @@ async def test_tritons_are_probed_unless_they_answered_lately_and_those_that_are
     await until(lambda: len(triton.probes) > asked)
     assert {fresh_s for *_, fresh_s in triton.probes[asked:]} == {0.1}
     await cancelled(watching)
+
+
+async def test_a_pool_that_closes_waits_for_the_connections_that_close_already():
+    setting, let_go = await Setting().started(), asyncio.Event()
+    triton = setting.tritons[B]
+    close = triton.close
+
+    async def slowly() -> None:
+        await let_go.wait()
+        await close()
+
+    triton.close = slowly  # type: ignore[method-assign]
+    await setting.follow(A)
+    closing = asyncio.create_task(setting.pool.close())
+    await turns()
+    assert not closing.done()
+    let_go.set()
+    await closing
+    assert not triton.is_open
 
 
 class Busy(FakeTriton):

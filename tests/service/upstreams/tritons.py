@@ -25,6 +25,7 @@ class FakeTriton(FakeVision):
         self.is_open = False
         self.busy = 0  # calls that go on without their request, and probes
         self.timeouts: list[float] = []  # of calls of the vision models
+        self.llm_timeouts: list[float] = []
         self.probes: list[tuple[str, ModelCard, float, float]] = []  # model, card, timeout, freshness
 
     async def connect(self) -> None:
@@ -56,6 +57,7 @@ class FakeTriton(FakeVision):
 
     async def generate(self, generation: Generation, timeout_s: float) -> AsyncGenerator[tuple[int, ...], None]:
         self.generations.append(generation.request_id)
+        self.llm_timeouts.append(timeout_s)
         self.language.sampling.append(generation.sampling)
         if self.fails_after is None:
             await self._trouble()

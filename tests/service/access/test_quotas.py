@@ -578,6 +578,33 @@ async def test_what_was_charged_before_a_flush_of_redis_is_no_credit_after_it(re
     await close_counters(storage)
 
 
+async def test_what_is_given_back_comes_back_in_redis_and_here_and_a_refusal_costs_nothing(redis_server):
+    async with calling(redis_url=redis_server.url) as caller:
+        windows = shared_windows(caller, redis_server)
+        windows._clock = stopped
+
+        async def hit(limit: int, cost: int) -> Hit:
+            return await windows.hit("tenant/acme", "generated_tokens", limit, cost)
+
+        charged = await hit(100, 60)
+        await charged.back(50)
+        found = await hit(100, 90)
+        assert (found.fits, found.left.remaining) == (True, 0)
+        assert not (await hit(100, 1)).fits
+        redis_server.kill()
+        found = await hit(110, 10)
+        assert (found.fits, found.left.remaining) == (True, 0)
+        assert caller.house.counted("glimpse_quota_is_local") == 1
+
+
+@pytest.mark.parametrize(("told", "gateways", "share"), [(None, 1, 10), (3, 3, 4)])
+async def test_a_gateway_counts_those_that_it_was_told_of_from_the_beginning(redis_server, told, gateways, share):
+    async with calling(redis_url=redis_server.url) as caller:
+        windows = shared_windows(caller, redis_server, gateways=told)
+        assert windows.share(10) == share
+        assert caller.house.counted("glimpse_quota_gateways") == gateways
+
+
 async def test_redis_takes_what_is_given_back_off_the_window_in_which_it_was_charged(redis_server):
     storage, name = counters(redis_server.url), ("tenant/acme", "generated_tokens")
     charged = await hit(storage, name, 100, 100)

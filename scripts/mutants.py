@@ -18,7 +18,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT / "mutants"
-MUTMUT = Path(sys.executable).parent / "mutmut"
+MUTMUT = [sys.executable, "-P", PROJECT / "scripts" / "quick_tests_first.py"]
 LINKED = ("service", "triton_models", "tests", "benchmarks", "build_engines", "model_repository")
 # Modules by group, each with its tests. These take seconds and start no server, but for the Redis of some in access.
 # service/admission/admission.py is left out: it joins the other modules and is tested with them. Of upstreams, what
@@ -74,6 +74,8 @@ only_mutate = {modules}
 pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["--hypothesis-profile=mutants", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
 also_copy = ["benchmarks", "build_engines", "model_repository"]
+timeout_constant = 25 # seconds: on a busy machine a process waits for its turn longer than it runs
+timeout_multiplier = 6
 process_isolation = "forkserver" # onnxruntime and gRPC, which tests import, do not survive a fork of a process in use
 """
 
@@ -89,7 +91,7 @@ def main(wanted: list[str]) -> int:
         print(f"{name}: {', '.join(GROUPS[name][0])}", flush=True)
         folder = prepared(name)
         for words in (["run", *wanted], ["results"]):
-            status = max(status, subprocess.run([MUTMUT, *words], cwd=folder, check=False).returncode)
+            status = max(status, subprocess.run([*MUTMUT, *words], cwd=folder, check=False).returncode)
     return min(status, 1)
 
 

@@ -416,6 +416,15 @@ def test_a_failed_trial_makes_the_next_wait_longer_and_a_success_makes_it_as_sho
     assert trial - up == pytest.approx(LEAST_HOLD_S, abs=0.2)
 
 
+def test_a_failed_trial_holds_up_its_level_and_no_higher_one():
+    fidelity = Fidelity(TARGET_S, 0.0)
+    trial = lowered(fidelity, raised(fidelity, 0.0))
+    up = raised(fidelity, raised(fidelity, trial))  # soon: the trial of level 0 has failed
+    again = lowered(fidelity, up)
+    assert (again - up, fidelity.level) == (pytest.approx(LEAST_HOLD_S, abs=0.2), 1)
+    assert lowered(fidelity, again) - again == pytest.approx(4 * LEAST_HOLD_S, abs=0.2)
+
+
 LONG_S = 2.0  # a target that is no power of itself: its product and its quotient with a share differ
 
 

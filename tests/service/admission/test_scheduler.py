@@ -353,6 +353,10 @@ def test_who_would_wait_past_its_deadline_is_refused_with_the_wait():
     refusal = house.scheduler.submit(slot(arrived=5.0, deadline=8.0), 5.0)
     assert refusal.code == "deadline"
     assert refusal.retry_after_s == pytest.approx(4.0, rel=0.1)
+    assert refusal.message == (
+        f"the estimated queue time is {refusal.retry_after_s:.1f} s, which leaves too little of timeout_s for an "
+        "answer: raise timeout_s, or try again when the service is less busy"
+    )
     assert house.scheduler.submit(slot(arrived=5.0, deadline=15.0), 5.0) is None
     assert house.scheduler.submit(claim(arrived=5.0, deadline=5.5), 5.0) is None  # the LLM is free
 

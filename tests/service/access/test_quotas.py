@@ -611,6 +611,7 @@ async def test_redis_takes_what_is_given_back_off_the_window_in_which_it_was_cha
     assert charged.fits
     (key,) = redis_server.client.keys("*")
     counter = key.decode().removeprefix("glimpse:quota:").strip("{}")
+    assert counter == "quota/tenant/acme/generated_tokens/100/1/minute"  # gateways of other releases count there too
 
     async def counts() -> tuple[int, int]:
         before, _, current, _ = await storage.get_sliding_window(counter, 60)

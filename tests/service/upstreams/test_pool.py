@@ -141,6 +141,7 @@ async def test_a_triton_that_fails_gets_no_calls_until_a_probe_finds_it_well(unt
     assert len(setting.tritons[A].calls) == FAILURES_TO_OPEN
     assert setting.pool.faults() == {A: "requests to it fail"}
     assert setting.pool.answers
+    assert setting.pool.answers_with("see")
     assert setting.counted("upstream_ready", upstream=A) == 0
     setting.tritons[A].fault = None
     for member in setting.pool.vision.members.values():

@@ -740,6 +740,18 @@ async def test_a_place_comes_back_if_its_request_ends_while_redis_stalls(redis_s
         await eventually_async(lambda: two.take("tenant/acme", 1), SOON_S, "the place came back")
 
 
+async def test_a_place_that_redis_never_knew_of_is_left_without_a_fault(redis_server):
+    async with calling(redis_url=redis_server.url, redis_timeout_s=0.2) as caller:
+        windows = shared_windows(caller, redis_server)
+        redis_server.kill()
+        while caller.house.shared.in_use:
+            await windows.beat()
+        assert await windows.take("tenant/acme", 1)
+        assert not await windows.take("tenant/acme", 1)
+        await windows.leave("tenant/acme")()
+        assert await windows.take("tenant/acme", 1)
+
+
 async def test_a_take_that_was_cancelled_holds_no_place(redis_server):
     settings = {"redis_url": redis_server.url, "redis_timeout_s": 5.0, "quota_concurrent_requests": 1}
     async with calling(**settings) as one, calling(**settings) as two:

@@ -431,10 +431,12 @@ async def test_a_heartbeat_that_fails_is_not_the_last(redis_server, monkeypatch)
             raise TypeError("no Redis replies so")
 
         monkeypatch.setattr(shared, "beat", failing)
-        running = asyncio.create_task(shared.run())
-        await shared.hit("tenant/acme", "requests", 5, 1)
-        await until(lambda: len(beats) > 2)
-        await cancelled(running)
+        with capture_logs() as logs:
+            running = asyncio.create_task(shared.run())
+            await shared.hit("tenant/acme", "requests", 5, 1)
+            await until(lambda: len(beats) > 2)
+            await cancelled(running)
+        assert [line["watch"] for line in logs if line["event"] == "watch_failed"] == ["quotas of all gateways"]
 
 
 async def test_settlements_that_nobody_does_are_lost_at_some_number_and_counted(monkeypatch):

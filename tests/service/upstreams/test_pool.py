@@ -22,7 +22,7 @@ from service.core.variant import DEFAULT
 from service.telemetry.metrics import Metrics
 from service.upstreams import pool as pools
 from service.upstreams.balance import LEAST_CALLS, Balance
-from service.upstreams.breaker import FAILURES_TO_OPEN
+from service.upstreams.breaker import FAILURES_TO_OPEN, Breaker
 from service.upstreams.pool import JITTER_S, Group, Pool
 from service.upstreams.retry_budget import SHARE, RetryBudget
 from tests.service.upstreams.tritons import CARD, FakeTriton
@@ -601,6 +601,32 @@ async def test_every_call_reaches_the_triton_as_it_was_made_and_kinds_are_measur
     assert [made[len(wanted) + 1 :] for made, wanted in zip(triton.made, told, strict=True)] == [
         (), (), (None,), (closer,), ()
     ]  # fmt: skip
+
+
+async def test_a_late_call_is_measured_as_its_kind(monkeypatch):
+    kinds: list[str] = []
+    monkeypatch.setattr(Balance, "measured", lambda _, load, kind, *times: kinds.append(kind))
+    setting = await Setting(A, first_token_s=0.02).started()
+    setting.tritons[A].hangs = True
+    for call in (setting.see, setting.generate):
+        with pytest.raises(FirstTokenLate):
+            await call()
+    assert kinds == ["see", "first token"]
+
+
+@pytest.mark.parametrize(("ends", "error"), [("failed", Unavailable), ("late", FirstTokenLate), ("cut", Unavailable)])
+async def test_the_pause_of_a_triton_that_fails_is_random(monkeypatch, ends, error):
+    chances: list[float] = []
+    monkeypatch.setattr(Breaker, "failed", lambda _, now, chance=0.5, **more: chances.append(chance))
+    monkeypatch.setattr(pools.random, "random", lambda: 0.125)
+    setting = await Setting(A, first_token_s=0.02 if ends == "late" else None).started()
+    triton = setting.tritons[A]
+    triton.hangs = ends == "late"
+    triton.fault = None if ends == "late" else Unavailable("gone")
+    triton.fails_after = 1 if ends == "cut" else None
+    with pytest.raises(error):
+        await setting.generate()
+    assert chances == [0.125]
 
 
 async def test_a_pool_tells_which_models_somebody_answers():

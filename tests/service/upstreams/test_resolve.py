@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from service.upstreams import resolve
-from service.upstreams.resolve import Names
+from service.upstreams.resolve import Names, looked_up
 
 
 class Resolver:
@@ -31,9 +31,39 @@ class Resolver:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in self.there[host]]
 
 
-@pytest.mark.parametrize("name", ["a..b:1", ".a:1", f"{'a' * 64}.b:1"])
+@pytest.mark.parametrize("name", ["a..b:1", ".a:1", f"{'a' * 64}.b:1", "unix:/run/llm", "unix:llm:1"])
 async def test_a_name_that_no_resolver_takes_stands_for_itself(name: str) -> None:
     assert await Names().look([name]) == {name: [name]}
+
+
+ONE, TWO, SIX = (
+    (socket.AF_INET, ("10.0.0.1", 8001)),
+    (socket.AF_INET, ("10.0.0.2", 8001)),
+    (socket.AF_INET6, ("::1", 8001, 0, 0)),
+)
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ([ONE], ["10.0.0.1:8001"]),
+        ([SIX], ["[::1]:8001"]),
+        ([ONE, TWO, ONE], ["10.0.0.1:8001", "10.0.0.2:8001"]),
+        ([ONE, SIX], ["[triton]:8001"]),  # one Triton with two addresses
+        ([ONE, TWO, SIX], ["10.0.0.1:8001", "10.0.0.2:8001"]),
+        ([SIX, ONE, TWO], ["[triton]:8001"]),
+    ],
+)
+async def test_the_addresses_of_the_first_family_are_the_tritons(monkeypatch, told, found) -> None:
+    asked: list[object] = []
+
+    async def getaddrinfo(host: str, port: int, *, type: int) -> list[object]:
+        asked.append((host, port, type))
+        return [(family, type, 6, "", address) for family, address in told]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    assert await looked_up("[triton]:8001") == found
+    assert asked == [("triton", 8001, socket.SOCK_STREAM)]
 
 
 async def test_a_lookup_that_hangs_holds_up_no_other_and_counts_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:

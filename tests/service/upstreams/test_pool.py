@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from service.core.attempt_time import attempt_time, begin_attempt
+from service.core.attempt_time import AttemptTime, attempt_time, begin_attempt
 from service.core.errors import FirstTokenLate, InternalError, Overloaded, Unavailable
 from service.core.models import Generation
 from service.core.prompt import Prompt, Question
@@ -313,8 +313,7 @@ async def test_the_budget_ends_with_the_first_token():
 
 
 def test_calls_at_the_same_moment_count_once():
-    begin_attempt()
-    spent = attempt_time()
+    spent = AttemptTime()
     spent.enter(1.0)
     spent.enter(2.0)
     spent.leave(4.0)
@@ -580,11 +579,11 @@ async def test_every_call_reaches_the_triton_as_it_was_made_and_kinds_are_measur
     vision, closer, budget, times = object(), object(), Budget(), [0.0, 1.0, 2.0]
     images, frames = np.zeros((2, 3, 224, 224), np.uint8), [vision] * 3
     pool = setting.pool
-    assert await pool.see(IMAGE, QUESTION, budget, 5.0) == "see"
-    assert await pool.encode(images, 5.0) == "encode"
-    assert await pool.attend(vision, QUESTION, budget, 5.0) == "attend"
-    assert await pool.attend(vision, QUESTION, budget, 5.0, closer) == "attend"
-    assert await pool.attend_clip(frames, times, QUESTION, budget, 5.0) == "attend_clip"
+    assert await pool.see(IMAGE, QUESTION, budget, 1000.0) == "see"
+    assert await pool.encode(images, 1000.0) == "encode"
+    assert await pool.attend(vision, QUESTION, budget, 1000.0) == "attend"
+    assert await pool.attend(vision, QUESTION, budget, 1000.0, closer) == "attend"
+    assert await pool.attend_clip(frames, times, QUESTION, budget, 1000.0) == "attend_clip"
     assert await setting.generate(streaming=True) == triton.language.tokens
     assert setting.budget.tokens == pytest.approx(6 * SHARE)
     assert kinds == ["see", "encode 2", "attend", "attend_448", "attend_clip 3", "first token"]
@@ -597,7 +596,7 @@ async def test_every_call_reaches_the_triton_as_it_was_made_and_kinds_are_measur
     ]
     for made, wanted in zip(triton.made, told, strict=True):
         assert all(one is other for one, other in zip(made, wanted, strict=False))
-        assert 4.0 < made[len(wanted)] <= 5.0
+        assert 900.0 < made[len(wanted)] <= 1000.0
     assert [made[len(wanted) + 1 :] for made, wanted in zip(triton.made, told, strict=True)] == [
         (), (), (None,), (closer,), ()
     ]  # fmt: skip
@@ -660,10 +659,10 @@ async def test_no_triton_is_asked_twice_for_one_answer(monkeypatch):
     assert [triton.generations for triton in setting.tritons.values()] == [["q"], ["q.1"], ["q.2"]]
     for triton in setting.tritons.values():
         (left_s,) = triton.llm_timeouts
-        assert 4.0 < left_s <= 5.0
+        assert 0.0 < left_s <= 5.0
 
 
-@pytest.mark.parametrize("first_token_s", [None, 1.0])
+@pytest.mark.parametrize("first_token_s", [None, 100.0])
 async def test_an_answer_without_tokens_ends(first_token_s):
     setting = await Setting(A, first_token_s=first_token_s).started()
     setting.tritons[A].language.tokens = []

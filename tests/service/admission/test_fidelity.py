@@ -436,6 +436,24 @@ def at_level_1(target_s: float) -> tuple[Fidelity, float]:
     return fidelity, now
 
 
+@pytest.mark.parametrize(("target_s", "risen_s"), [(1.0, 1.0 + math.sqrt(2.0)), (2.0, 4.0), (0.5, 1.5)])
+def test_the_level_rises_when_the_weighted_excess_is_a_second(target_s: float, risen_s: float) -> None:
+    """Of a wait that grows from 0 to w, it is the integral of x / target - 1 from the target to w."""
+    fidelity, hundredth = Fidelity(target_s, 0.0), 0
+    while not fidelity.observe(hundredth / 100, 0.0):
+        hundredth += 1
+    assert hundredth / 100 == pytest.approx(risen_s, abs=0.02)
+
+
+def test_a_long_wait_counts_from_the_first_look_and_needs_no_earlier_change() -> None:
+    fidelity = Fidelity(TARGET_S, 0.0)
+    assert fidelity.observe(0.0, -TARGET_S) == 0
+    assert fidelity.observe(1.0, -TARGET_S) == 0  # half a second of excess
+    fidelity = Fidelity(TARGET_S, 0.0)
+    assert fidelity.observe(0.0, -10.0) == 0
+    assert fidelity.observe(0.5, -10.0) == 1
+
+
 @pytest.mark.parametrize(("wait_s", "level"), [(0.45, 0), (0.55, 1)])  # a quarter of LONG_S is calm
 def test_waits_are_calm_up_to_a_quarter_of_the_target(wait_s: float, level: int) -> None:
     fidelity, risen = at_level_1(LONG_S)

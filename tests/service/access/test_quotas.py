@@ -23,6 +23,7 @@ from service.access.windows import (
     GATEWAYS,
     LEASE_S,
     Hit,
+    Later,
     SharedWindows,
     Windows,
     give_back,
@@ -115,6 +116,8 @@ def test_times_are_written_as_openais_headers_do(seconds, words):
         (5, 60, 30.0, 5, 90.0, 30.0),
         (0, 0, 0.0, 5, 70.0, 70.0),
         (5, 0, 0.0, 10, 90.0, 60.0),  # 30 s until it is the earlier window, which has left by half after 30 s more
+        (0, 1, 60.0, 0, 0.0, 60.0),
+        (0, 0, 0.0, 5, 0.5, 0.5),
         (-1, 0, 0.0, 0, 0.0, math.inf),
     ],
 )
@@ -127,7 +130,7 @@ def test_what_is_left_counts_the_earlier_window_by_its_part():
     assert (left.remaining, left.reset_s) == (5, 80.0)
 
 
-@pytest.mark.parametrize(("before", "current", "reset_s"), [(6, 3, 80.0), (0, 3, 80.0), (6, 0, 20.0), (0, 0, 0.0)])
+@pytest.mark.parametrize(("before", "current", "reset_s"), [(6, 3, 80.0), (0, 1, 80.0), (1, 0, 20.0), (0, 0, 0.0)])
 def test_all_of_a_limit_is_there_again_when_the_last_window_that_counts_has_ended(before, current, reset_s):
     assert left_of(10, 1, before, 20.0, current, 80.0).reset_s == reset_s
 
@@ -318,6 +321,47 @@ async def test_a_refusal_says_what_is_used_up_what_to_lower_and_when_to_come_aga
     assert caught.value.message == f"the quota is used up: {says}; try again in {retry_s:.0f} s"
     assert caught.value.retry_after_s == pytest.approx(retry_s)
     assert sample(metrics, "glimpse_quota_refusals_total", {"unit": unit}) == 1
+
+
+async def test_what_is_left_to_do_for_a_place_is_done_once_in_the_background():
+    done: list[str] = []
+
+    class Telling(Windows):
+        def leave(self, bucket: str) -> Later:
+            super().leave(bucket)
+
+            async def tell() -> None:
+                done.append(bucket)
+
+            return tell
+
+    for counting, told in ((Telling(), ["tenant/a"]), (Windows(), [])):
+        done.clear()
+        one = account(counting, Metrics(), concurrent_requests=1)
+        await one.enter()
+        for _ in range(2):
+            one.leave()
+        assert done == []
+        await one._quotas.settle()
+        assert done == told
+
+
+async def test_a_key_has_places_of_its_own_though_its_tenant_has_no_limit_of_them():
+    quotas = Quotas(Limits(), Keyring, Windows(clock=stopped), Metrics())
+    buckets = [Bucket("tenant/a", "your tenant", Limits(images_per_minute=9))]
+    buckets.append(Bucket("key/b", "your API key", Limits(concurrent_requests=1)))
+    await LimitedAccount(quotas, buckets).enter()
+    with pytest.raises(QuotaExceeded, match="your API key has 1 open requests"):
+        await LimitedAccount(quotas, buckets).enter()
+    await LimitedAccount(quotas, buckets).enter(place=False)
+
+
+async def test_keys_with_limits_do_not_share_them(tmp_path: Path):
+    keys = Keys(tmp_path)
+    two = [keys.make("acme", limits=Limits(requests_per_minute=1)) for _ in range(2)]
+    async with calling(keys=str(keys.path)) as caller:
+        asked = [await caller.http.post("/v1/vqa", json=ASKED, headers=bearer(key)) for key in two * 2]
+        assert [response.status_code for response in asked] == [200, 200, 429, 429]
 
 
 async def test_the_headers_tell_of_each_limit_what_is_left_and_until_when():
@@ -603,8 +647,12 @@ async def test_what_is_given_back_comes_back_in_redis_and_here_and_a_refusal_cos
 async def test_a_gateway_counts_those_that_it_was_told_of_from_the_beginning(redis_server, told, gateways, share):
     async with calling(redis_url=redis_server.url) as caller:
         windows = shared_windows(caller, redis_server, gateways=told)
-        assert windows.share(10) == share
-        assert caller.house.counted("glimpse_quota_gateways") == gateways
+        running = asyncio.create_task(windows.run())
+        for _ in range(2):  # before a heartbeat and after it
+            assert windows.share(10) == share
+            assert caller.house.counted("glimpse_quota_gateways") == gateways
+            await windows.beat()
+        await cancelled(running)
 
 
 async def test_redis_takes_what_is_given_back_off_the_window_in_which_it_was_charged(redis_server):

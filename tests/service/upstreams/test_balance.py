@@ -13,6 +13,7 @@ from service.upstreams.balance import (
     FORGET_S,
     FORGIVEN_S,
     LEAST_CALLS,
+    LEAST_EXCESS_S,
     MOST_EJECTED,
     MOST_EJECTION_S,
     Balance,
@@ -170,6 +171,13 @@ def test_quick_calls_eject_nobody_whatever_their_ratio():
     balance = group(2)
     answer(balance, balance.loads[1], 0.0001, 0.0, 20)
     answer(balance, balance.loads[0], 0.004, 0.0, 20)
+    assert not any(load.is_ejected(0.0) for load in balance.loads)
+
+
+def test_a_call_that_is_slower_by_little_ejects_nobody():
+    balance = group(2)
+    answer(balance, balance.loads[1], 0.001, 0.0, 20)
+    answer(balance, balance.loads[0], 0.99 * LEAST_EXCESS_S, 0.0, LEAST_CALLS)
     assert not any(load.is_ejected(0.0) for load in balance.loads)
 
 

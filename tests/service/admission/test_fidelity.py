@@ -416,9 +416,10 @@ def test_a_failed_trial_makes_the_next_wait_longer_and_a_success_makes_it_as_sho
     assert trial - up == pytest.approx(LEAST_HOLD_S, abs=0.2)
 
 
-def test_a_failed_trial_holds_up_its_level_and_no_higher_one():
-    fidelity = Fidelity(TARGET_S, 0.0)
-    trial = lowered(fidelity, raised(fidelity, 0.0))
+@pytest.mark.parametrize("start", [0.0, 1000.0])
+def test_a_failed_trial_holds_up_its_level_and_no_higher_one(start):
+    fidelity = Fidelity(TARGET_S, start)
+    trial = lowered(fidelity, raised(fidelity, start))
     up = raised(fidelity, raised(fidelity, trial))  # soon: the trial of level 0 has failed
     again = lowered(fidelity, up)
     assert (again - up, fidelity.level) == (pytest.approx(LEAST_HOLD_S, abs=0.2), 1)

@@ -59,6 +59,11 @@ def test_of_two_the_slow_one_gets_fewer_calls():
     assert balance.choose(balance.loads, 0.0, random.randrange) is slow
 
 
+@pytest.mark.parametrize(("in_flight", "slowness", "cost"), [(0, 1.0, 1.0), (1, 2.5, 5.0), (2, 0.5, 3.0)])
+def test_a_triton_costs_its_calls_with_the_next_one_times_its_slowness(in_flight, slowness, cost):
+    assert Load(in_flight=in_flight, _slowness=slowness, _measured=0.0).cost(0.0) == cost
+
+
 def test_a_slow_one_is_ejected_and_comes_back_with_a_clean_sheet():
     balance = group(2)
     slow, fast = balance.loads

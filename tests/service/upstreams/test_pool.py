@@ -21,9 +21,9 @@ from service.core.request import Budget, Sampling
 from service.core.variant import DEFAULT
 from service.telemetry.metrics import Metrics
 from service.upstreams import pool as pools
-from service.upstreams.balance import LEAST_CALLS, Balance
+from service.upstreams.balance import LEAST_CALLS, Balance, Load
 from service.upstreams.breaker import FAILURES_TO_OPEN, Breaker
-from service.upstreams.pool import JITTER_S, Group, Pool
+from service.upstreams.pool import JITTER_S, Group, Member, Pool
 from service.upstreams.retry_budget import SHARE, RetryBudget
 from tests.service.upstreams.tritons import CARD, FakeTriton
 from tests.support.fakes import cancelled, turns, until
@@ -363,6 +363,9 @@ async def test_of_tritons_that_are_all_out_one_is_tried_nevertheless():
         triton.probe_fault = Unavailable("its probe fails")
     await setting.probe()
     assert not setting.pool.answers
+    for member in setting.pool.vision.members.values():
+        for _ in range(FAILURES_TO_OPEN):
+            member.breaker.failed(time.monotonic())
     await setting.see()
 
 
@@ -571,7 +574,12 @@ class Recorder(FakeTriton):
 
 async def test_every_call_reaches_the_triton_as_it_was_made_and_kinds_are_measured_apart(monkeypatch):
     kinds: list[str] = []
-    monkeypatch.setattr(Balance, "measured", lambda _, load, kind, *times: kinds.append(kind))
+
+    def measured(_: Balance, load: Load, kind: str, seconds: float, now: float) -> None:
+        assert 0 <= seconds < STUCK_S
+        kinds.append(kind)
+
+    monkeypatch.setattr(Balance, "measured", measured)
     setting = Setting(A)
     setting.tritons[A] = triton = Recorder(A)
     await setting.started()
@@ -604,7 +612,12 @@ async def test_every_call_reaches_the_triton_as_it_was_made_and_kinds_are_measur
 
 async def test_a_late_call_is_measured_as_its_kind(monkeypatch):
     kinds: list[str] = []
-    monkeypatch.setattr(Balance, "measured", lambda _, load, kind, *times: kinds.append(kind))
+
+    def measured(_: Balance, load: Load, kind: str, seconds: float, now: float) -> None:
+        assert 0 <= seconds < STUCK_S
+        kinds.append(kind)
+
+    monkeypatch.setattr(Balance, "measured", measured)
     setting = await Setting(A, first_token_s=0.02).started()
     setting.tritons[A].hangs = True
     for call in (setting.see, setting.generate):
@@ -616,7 +629,13 @@ async def test_a_late_call_is_measured_as_its_kind(monkeypatch):
 @pytest.mark.parametrize(("ends", "error"), [("failed", Unavailable), ("late", FirstTokenLate), ("cut", Unavailable)])
 async def test_the_pause_of_a_triton_that_fails_is_random(monkeypatch, ends, error):
     chances: list[float] = []
-    monkeypatch.setattr(Breaker, "failed", lambda _, now, chance=0.5, **more: chances.append(chance))
+
+    def failed(_: Breaker, now: float, chance: float = 0.5, *, is_cut: bool = False) -> None:
+        assert now == pytest.approx(time.monotonic(), abs=STUCK_S)
+        assert is_cut == (ends == "cut")
+        chances.append(chance)
+
+    monkeypatch.setattr(Breaker, "failed", failed)
     monkeypatch.setattr(pools.random, "random", lambda: 0.125)
     setting = await Setting(A, first_token_s=0.02 if ends == "late" else None).started()
     triton = setting.tritons[A]
@@ -643,10 +662,12 @@ async def test_a_pool_tells_which_models_somebody_answers():
 
 @pytest.mark.parametrize(("variant", "named"), [("next", " of the variant next"), (DEFAULT, "")])
 def test_a_group_without_tritons_says_which_model_gets_no_answer(variant, named):
-    group = Group(variant, ("see", "attend"), ())
-    with pytest.raises(Unavailable) as caught:
-        group.pick(0.0)
-    assert caught.value.message == f"no Triton answers for attend{named}: try again in a few seconds"
+    group, tried = Group(variant, ("see", "attend"), ()), Member(A, FakeTriton(A))
+    for found in ({}, {A: tried}):
+        group.members = found
+        with pytest.raises(Unavailable) as caught:
+            group.pick(0.0, list(found.values()))
+        assert caught.value.message == f"no Triton answers for attend{named}: try again in a few seconds"
 
 
 async def test_no_triton_is_asked_twice_for_one_answer(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.admission.contention import SPARE, Contention
+from service.admission.contention import MEDIAN_STEP, SPARE, Contention
 
 TARGET_S = 1.0
 
@@ -48,6 +48,25 @@ def test_one_long_answer_does_not_make_longer_ones_expected_of_others():
         for request in range(20):
             contention.start(request, 200.0, 20.0)
     assert contentions[0].waiting_since(200.0) == contentions[1].waiting_since(200.0)
+
+
+def test_an_answers_own_time_follows_the_median_step_by_step():
+    contention = Contention(TARGET_S, 0.0)
+    for answer_s, own_s in ((2.0, 2.0), (5.0, 2.0 * MEDIAN_STEP), (0.1, 2.0), (0.1, 2.0 / MEDIAN_STEP)):
+        contention.start("alone", 0.0, 20.0)
+        assert contention.end("alone", answer_s, answered=True) == answer_s
+        assert contention.own_s == pytest.approx(own_s)
+    assert contention.end("alone", 1.0, answered=True) is None
+
+
+def test_a_request_that_ends_in_its_pause_pauses_nobody():
+    contention = Contention(TARGET_S, 0.0)
+    for request in ("paused", "working"):
+        contention.start(request, 0.0, 20.0)
+    assert contention.pause("paused")
+    assert contention.working == 1
+    contention.end("paused", 1.0, answered=False)
+    assert (contention.working, len(contention)) == (1, 1)
 
 
 def test_who_may_wait_for_the_others_never_waits_too_long_for_them():

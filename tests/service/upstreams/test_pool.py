@@ -828,5 +828,6 @@ async def test_a_closed_pool_answers_nothing():
     setting = await Setting().started()
     await setting.pool.close()
     assert not setting.pool.answers
-    with pytest.raises(Unavailable, match="no Triton answers"):
-        await setting.see()
+    for call, model in ((setting.see, "attend"), (setting.generate, "llm")):
+        with pytest.raises(Unavailable, match=f"^no Triton answers for {model} of the variant stable: try again"):
+            await call()

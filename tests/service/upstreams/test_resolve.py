@@ -49,9 +49,9 @@ ONE, TWO, SIX = (
         ([ONE], ["10.0.0.1:8001"]),
         ([SIX], ["[::1]:8001"]),
         ([ONE, TWO, ONE], ["10.0.0.1:8001", "10.0.0.2:8001"]),
-        ([ONE, SIX], ["[triton]:8001"]),  # one Triton with two addresses
+        ([ONE, SIX], ["[fe80::2]:8001"]),  # one Triton with two addresses
         ([ONE, TWO, SIX], ["10.0.0.1:8001", "10.0.0.2:8001"]),
-        ([SIX, ONE, TWO], ["[triton]:8001"]),
+        ([SIX, ONE, TWO], ["[fe80::2]:8001"]),
     ],
 )
 async def test_the_addresses_of_the_first_family_are_the_tritons(monkeypatch, told, found) -> None:
@@ -62,8 +62,8 @@ async def test_the_addresses_of_the_first_family_are_the_tritons(monkeypatch, to
         return [(family, type, 6, "", address) for family, address in told]
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
-    assert await looked_up("[triton]:8001") == found
-    assert asked == [("triton", 8001, socket.SOCK_STREAM)]
+    assert await looked_up("[fe80::2]:8001") == found
+    assert asked == [("fe80::2", 8001, socket.SOCK_STREAM)]
 
 
 async def test_a_lookup_that_hangs_holds_up_no_other_and_counts_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:

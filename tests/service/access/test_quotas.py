@@ -504,6 +504,9 @@ async def test_a_gateway_that_was_told_of_others_gives_its_part_of_the_places():
     assert await windows.take("tenant/other", 3)
     windows.leave("tenant/acme")
     assert [await windows.take("tenant/acme", 3) for _ in range(2)] == [True, False]
+    for bucket in ("tenant/acme", "tenant/acme", "tenant/other"):
+        windows.leave(bucket)
+    assert not windows._open  # tenants that have left take no memory
 
 
 async def test_without_redis_a_gateway_allows_its_part_of_the_gateways_that_it_was_told():
@@ -626,8 +629,8 @@ async def test_what_was_charged_before_a_flush_of_redis_is_no_credit_after_it(re
 
 async def test_what_is_given_back_comes_back_in_redis_and_here_and_a_refusal_costs_nothing(redis_server):
     async with calling(redis_url=redis_server.url) as caller:
-        windows = shared_windows(caller, redis_server)
-        windows._clock = stopped
+        now = [1.0]
+        windows = shared_windows(caller, redis_server, clock=lambda: now[0])
 
         async def hit(limit: int, cost: int) -> Hit:
             return await windows.hit("tenant/acme", "generated_tokens", limit, cost)
@@ -641,6 +644,8 @@ async def test_what_is_given_back_comes_back_in_redis_and_here_and_a_refusal_cos
         found = await hit(110, 10)
         assert (found.fits, found.left.remaining) == (True, 0)
         assert caller.house.counted("glimpse_quota_is_local") == 1
+        now[0] = 500.0  # minutes later
+        assert (await hit(110, 110)).fits
 
 
 @pytest.mark.parametrize(("told", "gateways", "share"), [(None, 1, 10), (3, 3, 4)])
@@ -702,11 +707,11 @@ async def test_places_are_counted_over_gateways_and_survive_a_redis_that_is_gone
 
 
 def shared_windows(
-    caller: Caller, redis_server: RedisServer, lease_s: int = LEASE_S, gateways: int | None = None
+    caller: Caller, redis_server: RedisServer, lease_s: int = LEASE_S, gateways: int | None = None, **more: object
 ) -> SharedWindows:
     house = caller.house
     return SharedWindows(
-        redis_server.url, house.shared, house.metrics, timeout_s=5.0, gateways=gateways, lease_s=lease_s
+        redis_server.url, house.shared, house.metrics, timeout_s=5.0, gateways=gateways, lease_s=lease_s, **more
     )
 
 

@@ -389,6 +389,7 @@ async def test_tritons_that_a_name_has_no_more_are_left():
         )
     assert setting.tritons[A].is_open
     assert not setting.tritons[B].is_open
+    assert not setting.pool._closing  # no task that has ended
     await setting.pool.close()
     assert not any(triton.is_open for triton in setting.tritons.values())
 
@@ -791,6 +792,18 @@ class Busy(FakeTriton):
     def is_idle(self) -> bool:
         self.looks += 1
         return super().is_idle
+
+
+async def test_between_two_probes_only_the_tritons_that_are_out_are_probed():
+    setting = await Setting().started()
+    for _ in range(FAILURES_TO_OPEN):
+        setting.pool.llm.members[A].breaker.failed(time.monotonic())
+    for triton in setting.tritons.values():
+        triton.probes.clear()
+    async with asyncio.TaskGroup() as probes:
+        setting.pool.begin_probes(probes, 1.0, only_out=True)
+    assert setting.tritons[A].probes == [("llm", CARD, 1.0, 0.0)]
+    assert setting.tritons[B].probes == []
 
 
 async def test_a_variant_that_is_left_closes_its_connections_after_the_calls_in_flight(monkeypatch):

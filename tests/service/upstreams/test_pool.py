@@ -177,11 +177,15 @@ async def test_a_triton_that_fails_in_the_middle_of_several_answers_is_out():
 
 
 async def test_a_triton_that_fails_in_the_middle_of_one_answer_after_another_is_out():
+    """Its probes succeed meanwhile."""
     setting = await Setting(A).started()
     triton = setting.tritons[A]
-    triton.fault, triton.fails_after = Unavailable("gone"), 1
+    triton.fails_after = 1
     for _ in range(FAILURES_TO_OPEN):
+        triton.fault = None
+        await setting.probe()
         assert setting.pool.faults() == {}
+        triton.fault = Unavailable("gone")
         answer = setting.pool.generate(generation(), timeout_s=5.0)
         await anext(answer)
         with pytest.raises(Unavailable):

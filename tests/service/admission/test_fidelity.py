@@ -389,6 +389,7 @@ def raised(fidelity: Fidelity, now: float) -> float:
     before, came = fidelity.level, now
     while fidelity.level == before:
         now += 0.1
+        assert now < came + 100
         fidelity.observe(now, came)
     fidelity.observe(now, None)
     return now
@@ -396,9 +397,10 @@ def raised(fidelity: Fidelity, now: float) -> float:
 
 def lowered(fidelity: Fidelity, now: float) -> float:
     """The moment at which the level has gone down by one, while no request waits."""
-    before = fidelity.level
+    before, end = fidelity.level, now + 100
     while fidelity.level == before:
         now += 0.1
+        assert now < end
         fidelity.observe(now, None)
     return now
 
@@ -434,6 +436,7 @@ def at_level_1(target_s: float) -> tuple[Fidelity, float]:
     fidelity, now = Fidelity(target_s, 0.0), 0.0
     while not fidelity.observe(now, now - 2 * target_s):
         now += 0.1
+        assert now < 100
     return fidelity, now
 
 

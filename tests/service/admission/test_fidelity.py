@@ -428,6 +428,14 @@ def test_a_failed_trial_holds_up_its_level_and_no_higher_one(start):
     assert lowered(fidelity, again) - again == pytest.approx(4 * LEAST_HOLD_S, abs=0.2)
 
 
+def test_two_lowerings_are_told_a_second_apart_however_rarely_somebody_looks():
+    fidelity = Fidelity(TARGET_S, 0.0)
+    calm = raised(fidelity, raised(fidelity, 0.0))
+    assert fidelity.observe(calm + 2 * LEAST_HOLD_S - 0.1, None) == 1  # due for LEAST_HOLD_S
+    assert fidelity.observe(calm + 2 * LEAST_HOLD_S + 0.1, None) == 1
+    assert fidelity.observe(calm + 2 * LEAST_HOLD_S + STEP_S, None) == 0
+
+
 LONG_S = 2.0  # a target that is no power of itself: its product and its quotient with a share differ
 
 

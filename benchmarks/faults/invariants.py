@@ -153,7 +153,7 @@ def only_the_dead(records: Records) -> Iterator[Violation]:
     for entry in records.entries:
         if entry.outcome in (OK, HUNG):
             continue
-        if entry.outcome == FORGOTTEN and _restarted_since_id(records, entry):
+        if _has_no_image(records, entry):
             continue
         if not any(episode.may_fail(entry) for episode in records.episodes):
             yield _of(records, entry, "only the dead", f"it failed: {entry.outcome}")
@@ -181,7 +181,7 @@ def ready_is_true(records: Records) -> Iterator[Violation]:
             for entry in sorted(own, key=lambda entry: entry.ended):
                 if entry.outcome == OK:
                     failed = []
-                elif entry.outcome not in SILENT:
+                elif entry.outcome not in SILENT and not _has_no_image(records, entry):
                     failed.append(entry)
                     if (after_s := _lie(failed, probes, records.ready_s)) is not None:
                         what = f"ready said 200 {after_s:.1f} s after {kind} requests began to fail"
@@ -247,9 +247,16 @@ def ends_cleanly(records: Records) -> Iterator[Violation]:
             yield Violation("ends cleanly", episode.begun, problem, episode.number)
 
 
-def _restarted_since_id(records: Records, entry: Entry) -> bool:
-    since = entry.id_since or 0.0
-    return any(since < start < entry.ended for start in records.starts[entry.gateway])
+def _has_no_image(records: Records, entry: Entry) -> bool:
+    """Whether the gateway was started since it told the image's id: then only Redis can have the image.
+
+    While Redis is down, the gateway answers that it cannot tell.
+    """
+    since = entry.id_since
+    if since is None or not any(since < start < entry.ended for start in records.starts[entry.gateway]):
+        return False
+    asks_in_vain = any(episode.harm.of_redis and episode.overlaps(entry) for episode in records.episodes)
+    return entry.outcome == FORGOTTEN or (entry.outcome == "unavailable" and asks_in_vain)
 
 
 def _of(records: Records, entry: Entry, invariant: str, what: str) -> Violation:

@@ -102,6 +102,17 @@ def test_an_id_may_be_forgotten_by_a_gateway_that_was_started_since_and_by_no_ot
     assert broken(found) == {"only the dead"}
 
 
+def test_a_gateway_that_was_started_since_cannot_tell_of_an_id_while_redis_is_down() -> None:
+    lost = entry(10.5, 10.6, "unavailable", kind="follow_up", id_since=5.0)
+    found = records(lost, episodes=(episode(Harm("Redis", of_redis=True)),))
+    assert broken(found) == {"only the dead"}
+    found.starts = {"a": [0.0, 6.0], "b": [0.0]}
+    assert broken(found) == set()
+    for other in (replace(lost, id_since=None), replace(lost, sent=14.5, ended=14.6)):
+        found.entries = [other]
+        assert broken(found) == {"only the dead"}
+
+
 def test_answers_are_the_undisturbed_ones() -> None:
     assert broken(records(entry(2.0, 2.1, answer="blue"))) == {"same answers"}
     cut = entry(10.5, 10.6, "unavailable", answer="re", stream=True)
